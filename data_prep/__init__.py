@@ -1,0 +1,1 @@
+"""Writes and verifies the FFCV betons that training reads."""

@@ -1,0 +1,27 @@
+"""The two ways a run ends that are not success: bad input (exit 2) and everything else (exit 1)."""
+
+import sys
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """Bad usage, configuration or data: the message is one line that says what, where, what to do."""
+
+
+class RunError(Exception):
+    """The run itself failed (for instance the loss is not finite): one line, exit status 1."""
+
+
+def report_error(error: Exception, program: str) -> int:
+    """Prints an error as one line on standard error and returns its exit status."""
+    message = " ".join(str(error).split())
+    print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+    return 2 if isinstance(error, InputError) else 1
+
+
+def run_main(main: Callable[[], int], program: str) -> int:
+    """Calls `main` and returns the exit status; `InputError` and `RunError` show no traceback."""
+    try:
+        return main()
+    except (InputError, RunError) as error:
+        return report_error(error, program)
