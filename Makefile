@@ -1,0 +1,51 @@
+# Everything a person types. `make` alone lists it. The second time, each target needs about a second of set-up.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup train test test-all lint format bench clean
+
+# Handed on to train.py (make train), benchmarks/throughput.py (make bench) and pytest (make test, make test-all).
+ARGS ?=
+
+PYTHON := .venv/bin/python
+# pytest-timeout bounds each test, this the whole. In a terminal the tests stay in the foreground, for Ctrl-C.
+LIMIT = timeout --signal=INT --kill-after=60 $(if $(CI),,--foreground)
+TYPED := $(wildcard train.py mnist_fast data_prep benchmarks scripts/preflight.py)
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## uv, FFCV's system libraries and the locked environment in .venv
+	@scripts/setup.sh
+
+# Without --config_file, accelerate takes one process per GPU it sees, one process on a machine without a GPU, and the
+# user's own `accelerate config` where there is one; train.py chooses the precision (--precision). For bf16 by default and a
+# launch that does not depend on the user's own file: accelerate launch --config_file accelerate_config.yaml train.py
+train: setup ## prepare the data and train, e.g. make train ARGS="--epochs 1 --seed 2"
+	$(PYTHON) -m data_prep --dataset auto
+	.venv/bin/accelerate launch train.py --dataset auto $(ARGS)
+
+test: setup ## the quick tests, under 8 minutes on two cores
+	$(LIMIT) 900 $(PYTHON) -m pytest -m "not slow" $(ARGS)
+
+test-all: setup ## all tests: real training to accuracy, SLURM, faults
+	-@scripts/apt_install.sh slurm-wlm munge shellcheck
+	$(LIMIT) 3500 $(PYTHON) -m pytest $(ARGS)
+
+lint: setup ## ruff, mypy and shellcheck
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy $(TYPED)
+	scripts/shellcheck_all.sh
+
+format: setup ## let ruff sort imports and format
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+bench: setup ## measure the throughput of this machine
+	$(PYTHON) benchmarks/throughput.py $(ARGS)
+
+clean: ## remove caches; data/, runs/ and .venv stay
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .bundle
+	find . \( -name .git -o -name .venv -o -name .tools -o -name data -o -name runs \) -prune \
+		-o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf
