@@ -2,8 +2,9 @@
 
     .venv/bin/python scripts/preflight.py [--quick] [LIBRARY ...]
 
-Exit status: 0 all there, 2 otherwise. `make setup` runs it; other programs may call `missing_libraries`. Only the standard
-library is imported at the top, so that this file runs wherever Python does.
+Exit status: 0 all there, 2 otherwise. `make setup` runs it; other programs may call
+`missing_libraries`. Only the standard library is imported at the top, so that this file runs
+wherever Python does.
 """
 
 import argparse
@@ -46,12 +47,12 @@ _NO_SHARED_LIBRARY = re.compile(r"(lib[^\s:/]+\.so[^\s:]*): cannot open shared o
 
 
 def missing_libraries(libraries: Iterable[str] = LIBRARIES, *, quick: bool = False) -> list[str]:
-    """Return one line per missing or broken library, each with what to do; an empty list if all is well.
+    """Return one line per missing or broken library, each with what to do; none if all is well.
 
     Args:
         libraries: import names, from `LIBRARIES`.
-        quick: only look for the packages and load FFCV's compiled part (well under a second), instead of
-            importing everything (about ten seconds).
+        quick: only look for the packages and load FFCV's compiled part (well under a second),
+            instead of importing everything (about ten seconds).
     """
     lines = [] if (3, 11) <= sys.version_info[:2] <= (3, 13) else [_unsupported_python()]
     check = _find if quick else _import
@@ -68,11 +69,9 @@ def _import(name: str) -> None:
 
 
 def _find(name: str) -> None:
-    """Look `name` up without importing it, and resolve the system libraries of FFCV's compiled part."""
+    """Look `name` up without importing it; load FFCV's compiled part for its system libraries."""
     spec = importlib.util.find_spec(name)
-    if (
-        spec is None or spec.origin is None
-    ):  # no origin: what is left of a package without its files
+    if spec is None or spec.origin is None:  # no origin: an empty folder
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
     if name == "ffcv":
         folder = Path(spec.origin).parent
@@ -108,11 +107,9 @@ def _explain_shared_library(package: str, library: str) -> str:
             remedy = f"run 'sudo apt-get install {debian}'"
             if package == "ffcv":
                 remedy += ", or without root install the wheel of scripts/build_ffcv_wheel.sh"
-            return f"the system library {library} ({debian}), which {package} needs, is missing: {remedy}"
+            return f"the system library {library}, which {package} needs, is missing: {remedy}"
     if library.startswith("libcuda.so"):
-        return (
-            f"the NVIDIA driver's {library}, which {package} needs, is missing: install the driver"
-        )
+        return f"{library}, which {package} needs, is missing: install the NVIDIA driver"
     return (
         f"the shared library {library}, which {package} needs, is missing: run 'make setup',"
         " or install the system package that holds it"
@@ -128,9 +125,7 @@ def main() -> int:
     """Print the lines of `missing_libraries` and return the exit status."""
     parser = argparse.ArgumentParser(description="Names each missing or broken library.")
     parser.add_argument("--quick", action="store_true", help="look without importing everything")
-    parser.add_argument(
-        "libraries", nargs="*", metavar="LIBRARY", help=f"of {', '.join(LIBRARIES)}"
-    )
+    parser.add_argument("libraries", nargs="*", metavar="LIBRARY", help=", ".join(LIBRARIES))
     arguments = parser.parse_args()
     lines = missing_libraries(arguments.libraries or LIBRARIES, quick=arguments.quick)
     for line in lines:

@@ -46,8 +46,9 @@ discard_broken_environment() {
 
 ffcv_wheel() { # prints the self-contained wheel for .venv's Python, if the user has brought one
   local tag
+  [[ -d $wheels ]] || return 0
   tag=$(.venv/bin/python -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
-  find "$wheels" -name "ffcv-*-$tag-*.whl" 2>/dev/null | sort | tail -n 1
+  find "$wheels" -name "ffcv-*-$tag-*.whl" | sort | tail -n 1
 }
 
 keep_ffcv_wheel() {
@@ -98,8 +99,7 @@ started=$SECONDS
 uv=$(scripts/find_uv.sh)
 discard_broken_environment
 keep_ffcv_wheel
-# Ask for system libraries before gigabytes are fetched.
-[[ -n $(find "$wheels" -name 'ffcv-*.whl' 2>/dev/null) ]] || install_build_needs
+[[ -d $wheels ]] || install_build_needs # ask for system libraries before gigabytes are fetched
 say "installing the locked environment into .venv (several GB the first time)"
 synchronise
 say "checking that every library imports"
