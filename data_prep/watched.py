@@ -1,0 +1,189 @@
+"""Runs one function in a child process that can neither hang its caller nor leave anything behind.
+
+FFCV waits for ever for a worker that died, and a download for a host that does not answer. So both
+run in a child with a process group of its own, which has to report progress now and then and is
+ended as a whole when it falls silent, fails, or when its caller ends.
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection, Pipe, wait
+from typing import IO, Any, NoReturn
+
+Report = Callable[[int], object]
+
+_END_SECONDS = 3.0  # what a process group gets to end after SIGTERM, before SIGKILL
+
+
+class WorkFailed(Exception):
+    """The watched work failed, died or hung; the message is a clause that says how."""
+
+
+def run_watched(
+    target: str,
+    arguments: Sequence[str],
+    silence_limit: float,
+    on_report: Report = lambda amount: None,
+    held_files: Sequence[int] = (),
+) -> Any:
+    """Calls `target(report, *arguments)` in a watched child process and returns its result.
+
+    Args:
+        target: the function as `module:name`; its result has to be plain data.
+        arguments: strings handed to it behind `report`, a function that takes an amount of work.
+        silence_limit: seconds without a report after which the work counts as hung.
+        on_report: called here with every amount that the child reports.
+        held_files: file descriptors the child keeps open as long as it lives.
+
+    Raises:
+        WorkFailed: the function raised, its process died, or it was silent for too long.
+    """
+    reports, child_end = Pipe(duplex=False)
+    with reports, child_end:
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__, target, json.dumps(list(arguments))]
+            + [str(child_end.fileno()), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            process_group=0,
+            pass_fds=[child_end.fileno(), *held_files],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
+        )
+        child_end.close()
+        assert process.stderr is not None
+        with process.stderr as stderr, _Tail(stderr) as tail:
+            try:
+                return _follow(process, reports, silence_limit, on_report)
+            except WorkFailed as failure:
+                _end_group(process)
+                reason = tail.last_error()
+                raise WorkFailed(f"{failure}: {reason}" if reason else str(failure)) from None
+            finally:
+                _end_group(process)
+
+
+def _follow(
+    process: subprocess.Popen[bytes], reports: Connection, silence_limit: float, on_report: Report
+) -> Any:
+    """Receives reports until the result, a failure, the child's death, or too long a silence."""
+    deadline = time.monotonic() + silence_limit
+    while time.monotonic() < deadline:
+        ended = process.poll() is not None  # asked first: what it sent before it ended is there
+        if wait([reports], timeout=0.0 if ended else 0.2):
+            try:
+                kind, value = reports.recv()
+            except EOFError:
+                break
+            if kind == "result":
+                return value
+            if kind == "failure":
+                raise WorkFailed(value)
+            on_report(value)
+            deadline = time.monotonic() + silence_limit
+        elif ended:
+            break
+    else:
+        raise WorkFailed(f"no progress for {silence_limit:g} seconds")
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_END_SECONDS)
+    raise WorkFailed(f"its process ended with status {process.returncode}")
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Ends the child and everything it started; SIGTERM lets Python free shared memory first."""
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal_number)
+        deadline = time.monotonic() + _END_SECONDS
+        while time.monotonic() < deadline:
+            process.poll()  # reaps the child, whose own entry would keep the group alive
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.01)
+
+
+class _Tail:
+    """Drains a child's standard error, so that it never blocks, and keeps the end of it."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._text = b""
+        self._thread = threading.Thread(target=self._drain, daemon=True)
+
+    def __enter__(self) -> "_Tail":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join(_END_SECONDS)
+
+    def _drain(self) -> None:
+        with suppress(OSError, ValueError):  # the stream is closed under a thread that came late
+            while chunk := os.read(self._stream.fileno(), 65536):
+                self._text = (self._text + chunk)[-65536:]
+
+    def last_error(self) -> str:
+        """The last line that ends a traceback, for instance `OSError: [Errno 28] No space ...`."""
+        self._thread.join(_END_SECONDS)
+        lines = self._text.decode(errors="replace").splitlines()
+        errors = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception"))]
+        return errors[-1] if errors else ""
+
+
+# What follows runs in the child.
+
+
+def _main() -> NoReturn:
+    target, arguments, descriptor, parent = sys.argv[1:]
+    reports = Connection(int(descriptor), readable=False)
+
+    sending = threading.Lock()
+
+    def send(kind: str, value: object) -> None:
+        with sending:
+            reports.send((kind, value))
+
+    def fail(error: BaseException) -> NoReturn:
+        try:
+            send("failure", str(error) or type(error).__name__)
+        except OSError:  # the parent has ended
+            os.killpg(os.getpgrp(), signal.SIGTERM)
+        os._exit(1)
+
+    # A thread that raises (FFCV's loader does its work in one) would leave its reader waiting.
+    threading.excepthook = lambda hook: fail(hook.exc_value or hook.exc_type())
+    _end_with(int(parent))
+    module, _, name = target.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+        send("result", function(partial(send, "report"), *json.loads(arguments)))
+    except BaseException as error:
+        fail(error)
+    os._exit(0)  # at once: the slow part of an orderly exit is unloading numba and torch
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process group within a second of the parent's end, even one by SIGKILL."""
+
+    def look(_signal: int, _frame: object) -> None:
+        if os.getppid() != parent:
+            os.killpg(os.getpgrp(), signal.SIGTERM)
+
+    signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+
+
+if __name__ == "__main__":
+    _main()
