@@ -108,8 +108,8 @@ def verify(folder: Path, progress: bool = True) -> Manifest:
         for key, value in read[name].items():
             if value != getattr(split, key):
                 raise InputError(
-                    f"{Path(folder) / split.file}: {key} is {value} but "
-                    f"{getattr(split, key)} in {MANIFEST_NAME}: write it anew with `python -m data_prep`"
+                    f"{Path(folder) / split.file}: {key} is {value} but {getattr(split, key)} in "
+                    f"{MANIFEST_NAME}: write it anew with `python -m data_prep`"
                 )
     return manifest
 
