@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 class InputError(Exception):
-    """Bad usage, configuration or data: the message is one line that says what, where, what to do."""
+    """Bad usage, configuration or data; the message says what, where and what to do."""
 
 
 class RunError(Exception):

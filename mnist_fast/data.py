@@ -1,0 +1,222 @@
+"""FFCV betons to uint8 batches on the device, sharded over the processes without padding."""
+
+import dataclasses
+import queue
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnist_fast.augment import derive_key
+from mnist_fast.errors import InputError, RunError
+
+LOADER_TIMEOUT = 120.0  # seconds without a batch after which a loader counts as hung
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """One process's part of a global batch.
+
+    Attributes:
+        images: uint8 (pool, 1, 28, 28) on the device.
+        labels: int64 (pool,).
+        rows: int64 (batch,), the pool's rows that make up the batch; None: the whole pool.
+        position: position of the first image in the epoch, over all processes.
+        global_size: images in the batch over all processes.
+    """
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor | None
+    position: int
+    global_size: int
+
+    def __len__(self) -> int:
+        """Images in this process's part."""
+        return len(self.labels if self.rows is None else self.rows)
+
+    def gather(self) -> tuple[Tensor, Tensor]:
+        """Images uint8 (batch, 1, 28, 28) and labels int64 (batch,)."""
+        if self.rows is None:
+            return self.images, self.labels
+        return self.images[self.rows], self.labels[self.rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """How an epoch is cut into global batches, and these into one part per process."""
+
+    samples: int
+    batch_size: int
+    drop_last: bool
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuses sizes that some process could not train on."""
+        if self.batch_size % self.world_size:
+            raise InputError(
+                f"batch_size {self.batch_size} is not divisible by {self.world_size} processes"
+            )
+        if not self.steps:
+            raise InputError(
+                f"batch_size {self.batch_size} is larger than the {self.samples} training images: "
+                "lower it, or set drop_last to false"
+            )
+        last = self.part(self.steps - 1)[2]
+        if last // self.world_size < 2:  # BatchNorm needs two values per channel
+            raise InputError(
+                f"the last batch of {last} images leaves fewer than 2 to one of "
+                f"{self.world_size} processes: set drop_last, or change batch_size"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        full, rest = divmod(self.samples, self.batch_size)
+        return full + (rest > 0 and not self.drop_last)
+
+    @property
+    def local_size(self) -> int:
+        """Images per process in every batch but a smaller last one."""
+        return self.batch_size // self.world_size
+
+    def part(self, step: int) -> tuple[int, int, int]:
+        """Positions start and stop of this process's part of a step, and the global batch size."""
+        first = step * self.batch_size
+        size = min(self.batch_size, self.samples - first)
+        start, stop = share(size, self.rank, self.world_size)
+        return first + start, first + stop, size
+
+
+def share(size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Start and stop of a process's contiguous share of `size`; shares differ by at most 1."""
+    return size * rank // world_size, size * (rank + 1) // world_size
+
+
+def epoch_order(seed: int, epoch: int, samples: int) -> Tensor:
+    """The shuffled order of an epoch, int64 (samples,), a pure function of its arguments."""
+    generator = torch.Generator().manual_seed(derive_key(seed, epoch, "order"))
+    return torch.randperm(samples, generator=generator)
+
+
+class ResidentFeed:
+    """Holds all images in device memory and shuffles there."""
+
+    name = "resident"
+
+    def __init__(self, images: Tensor, labels: Tensor, sharding: Sharding, seed: int):
+        self.images, self.labels, self.sharding, self.seed = images, labels, sharding, seed
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """This process's batches of an epoch from a step on."""
+        order = epoch_order(self.seed, epoch, self.sharding.samples).to(self.images.device)
+        for step in range(first_step, self.sharding.steps):
+            start, stop, size = self.sharding.part(step)
+            yield Batch(self.images, self.labels, order[start:stop], start, size)
+
+
+class StreamFeed:
+    """Reads each batch from the beton with FFCV while the one before is trained on."""
+
+    name = "stream"
+
+    def __init__(self, path: Path, sharding: Sharding, seed: int, device: torch.device):
+        self.sharding, self.seed = sharding, seed
+        self.loader = open_loader(path, sharding.local_size, device)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """This process's batches of an epoch from a step on; each is valid until the next."""
+        order = epoch_order(self.seed, epoch, self.sharding.samples).numpy()
+        parts = [self.sharding.part(step) for step in range(first_step, self.sharding.steps)]
+        if not parts:
+            return
+        rows = np.concatenate([order[start:stop] for start, stop, _ in parts])
+        batches = read_batches(self.loader, rows)
+        for (start, stop, size), (images, labels) in zip(parts, batches, strict=True):
+            if len(labels) != stop - start:
+                raise RunError(f"FFCV gave {len(labels)} images where {stop - start} were due")
+            yield Batch(images, labels, None, start, size)
+
+
+def open_loader(path: Path, batch_size: int, device: torch.device) -> Any:
+    """An FFCV loader of (images, labels) on a device, in an order given later.
+
+    FFCV sets the number of torch's threads to its own in this thread and in each epoch's; it is
+    built for one thread here (its work is a copy of 784 bytes per image) and then told torch's
+    number, so that it changes nothing.
+    """
+    threads = torch.get_num_threads()
+    import numba  # FFCV's import alone sets torch's threads to 1
+    from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import Squeeze, ToDevice, ToTensor
+
+    to_device = [ToDevice(device, non_blocking=True)] if device.type != "cpu" else []
+    try:
+        loader = Loader(
+            str(path),
+            batch_size=batch_size,
+            num_workers=1,
+            order=OrderOption.SEQUENTIAL,
+            drop_last=False,
+            pipelines={
+                "image": [NDArrayDecoder(), ToTensor(), *to_device],
+                "label": [IntDecoder(), ToTensor(), *to_device, Squeeze(1)],
+            },
+        )
+    finally:
+        torch.set_num_threads(threads)
+    loader.num_workers = min(threads, numba.config.NUMBA_NUM_THREADS)
+    return loader
+
+
+def read_batches(loader: Any, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of the given rows, in their order; never waits for a loader that died or hangs.
+
+    Raises:
+        RunError: the loader's thread ended early, or gave nothing for two minutes.
+    """
+    from ffcv.loader.epoch_iterator import EpochIterator
+
+    iterator = EpochIterator(loader, np.asarray(rows, dtype=np.uint64))
+    on_cpu = not torch.cuda.is_available()
+    try:
+        for _ in range(0, len(rows), loader.batch_size):
+            _wait_for_batch(iterator, loader.fname)
+            images, labels = next(iterator)
+            # FFCV reuses its buffers: on the CPU nothing else keeps a batch from being overwritten
+            yield (images.clone(), labels.clone()) if on_cpu else (images, labels)
+    finally:
+        iterator.close()
+        iterator.join(timeout=LOADER_TIMEOUT)
+
+
+def _wait_for_batch(iterator: Any, name: str) -> None:
+    """Returns when the iterator holds a batch, so that its `next` cannot block for ever."""
+    results: queue.Queue[Any] = iterator.output_queue
+    with results.not_empty:
+        waited = 0.0
+        while not results.queue:
+            if not iterator.is_alive():
+                raise RunError(f"{name}: FFCV's loader thread died, its error stands above")
+            if waited >= LOADER_TIMEOUT:
+                raise RunError(f"{name}: FFCV gave no batch for {LOADER_TIMEOUT:.0f} s")
+            results.not_empty.wait(timeout=0.5)
+            waited += 0.5
+
+
+def read_all(path: Path, rows: range, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Reads rows of a beton into device memory: images uint8 (n, 1, 28, 28), labels int64 (n,)."""
+    loader = open_loader(path, min(4096, max(1, len(rows))), torch.device("cpu"))
+    images = torch.empty(len(rows), *loader.reader.handlers["image"].shape, dtype=torch.uint8)
+    labels = torch.empty(len(rows), dtype=torch.int64)
+    done = 0
+    for some_images, some_labels in read_batches(loader, np.arange(rows.start, rows.stop)):
+        images[done : done + len(some_labels)] = some_images
+        labels[done : done + len(some_labels)] = some_labels
+        done += len(some_labels)
+    return images.to(device), labels.to(device)

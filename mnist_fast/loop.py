@@ -1,0 +1,408 @@
+"""The training loop: `train(config)` is the whole interface."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from data_prep import betons
+from mnist_fast import checkpoint, signals
+from mnist_fast.checkpoint import Checkpoint
+from mnist_fast.config import Config
+from mnist_fast.data import ResidentFeed, Sharding, StreamFeed, read_all, share
+from mnist_fast.errors import InputError, RunError
+from mnist_fast.evaluate import Evaluation, evaluate
+from mnist_fast.model import build_network, count_parameters
+from mnist_fast.runtime import Runtime, device_name
+from mnist_fast.schedule import learning_rate
+from mnist_fast.step import TrainingStep
+from mnist_fast.tracking import Tracker
+
+RESIDENT_FRACTION = 0.25  # of the device's free memory that a resident data set may take
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands: epoch and step of the next batch, and what was measured so far."""
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    epoch_seconds: float = 0.0
+    records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+class Training:
+    """A run's parts, put together; `run` trains to the end."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.runtime = Runtime(config)
+        self.manifest, self.betons = open_betons(config, self.runtime)
+        self.dataset: str = self.manifest.dataset
+        self.folder = choose_folder(config, self.dataset, self.runtime)
+        self.feed, self.evaluation_set = self._open_data()
+        self.runtime.seed(config.seed)
+        network = build_network(config.network, config.dropout)
+        self.runtime.seed_process(config.seed)
+        self.step = TrainingStep(config, network, self.runtime, self.feed.sharding)
+        self.position = Position()
+        self.tracker = Tracker(config, self.runtime, self.folder)
+        self.startup_seconds = 0.0
+
+    def _open_data(self) -> tuple[ResidentFeed | StreamFeed, tuple[Tensor, Tensor, int]]:
+        """The training feed; this process's share of the evaluation set, and the set's size."""
+        config, runtime = self.config, self.runtime
+        held_out = config.validation_split
+        total = self.manifest.train.samples
+        if held_out >= total:
+            raise InputError(f"validation_split {held_out} leaves none of {total} training images")
+        sharding = Sharding(
+            total - held_out, config.batch_size, config.drop_last, runtime.rank, runtime.world_size
+        )
+        train_path = self.betons / self.manifest.train.file
+        feed: ResidentFeed | StreamFeed
+        if self._choose_feed(train_path) == "resident":
+            images, labels = read_all(train_path, range(sharding.samples), runtime.device)
+            feed = ResidentFeed(images, labels, sharding, config.seed)
+        else:
+            feed = StreamFeed(train_path, sharding, config.seed, runtime.device)
+        if held_out:  # the test images are not even opened
+            path, first, count = train_path, total - held_out, held_out
+        else:
+            test = self.manifest.test
+            path, first, count = self.betons / test.file, 0, test.samples
+        start, stop = share(count, runtime.rank, runtime.world_size)
+        images, labels = read_all(path, range(first + start, first + stop), runtime.device)
+        return feed, (images, labels, count)
+
+    def _choose_feed(self, beton: Path) -> str:
+        if self.config.feed != "auto":
+            return self.config.feed
+        if self.runtime.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.runtime.device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        return "resident" if beton.stat().st_size <= RESIDENT_FRACTION * free else "stream"
+
+    def run(self) -> dict[str, Any]:
+        """Trains from where the run stands to its end; returns the summary."""
+        wandb_id = self.resume()
+        if self.position.epoch >= self.config.epochs:
+            self.say(f"{self.folder} is finished: nothing to do")
+        self.tracker.start(self.facts(), self.position.records, wandb_id)
+        try:
+            self.step.warm_up()
+            while self.position.epoch < self.config.epochs:
+                self.run_epoch()
+            summary = self.summarise()
+            self.save_weights()
+            self.tracker.finish(summary)
+        finally:
+            self.tracker.close(exit_code=1)
+        return summary
+
+    def run_epoch(self) -> None:
+        """Trains one epoch (or its rest), evaluates, records, saves."""
+        position = self.position
+        train = self.train_epoch()
+        self.runtime.average_buffers(self.step.network)
+        images, labels, count = self.evaluation_set
+        test = evaluate(self.step.best_network(), images, labels, self.runtime, count)
+        record = self.make_record(train, test)
+        position.records.append(record)
+        position.epoch, position.step, position.epoch_seconds = position.epoch + 1, 0, 0.0
+        self.step.reset_totals()
+        self.tracker.log_epoch(record)
+        self.say(describe(record, self.config.epochs))
+        every = self.config.checkpoint_every
+        if position.epoch == self.config.epochs or (every and position.epoch % every == 0):
+            self.save()
+
+    def train_epoch(self) -> Evaluation:
+        """Trains the rest of the current epoch; returns its training loss and accuracy."""
+        position, sharding, config = self.position, self.feed.sharding, self.config
+        self.step.start_epoch(position.epoch)
+        started = time.perf_counter()
+        batches = self.feed.epoch(position.epoch, position.step)
+        for batch in self.progress(batches, sharding.steps):
+            rate = learning_rate(config, position.global_step, sharding.steps)
+            self.step(batch, rate)
+            position.step += 1
+            position.global_step += 1
+            if not self.startup_seconds:
+                self.startup_seconds = self.measure_startup()
+            if self.runtime.agree_to_stop(signals.requested() is not None):
+                position.epoch_seconds += time.perf_counter() - started
+                self.stop()
+        loss, hits, count = self.runtime.sum(self.step.totals).tolist()
+        position.epoch_seconds += time.perf_counter() - started
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss is {loss} in epoch {position.epoch + 1}: lower --learning_rate"
+            )
+        return Evaluation(loss / count, 100 * hits / count, int(count))
+
+    def progress(self, batches: Any, steps: int) -> Any:
+        """A bar on the main process's terminal."""
+        hidden = not (self.runtime.is_main and sys.stderr.isatty())
+        label = f"epoch {self.position.epoch + 1}/{self.config.epochs}"
+        start = self.position.step
+        return tqdm(batches, label, steps, initial=start, leave=False, disable=hidden, unit="step")
+
+    def measure_startup(self) -> float:
+        """Seconds from the start of this process to the end of its first step."""
+        self.step.totals.tolist()
+        return time.time() - psutil.Process().create_time()
+
+    def stop(self) -> None:
+        """Saves a checkpoint and leaves, on a request to stop."""
+        self.save()
+        self.runtime.wait()
+        raise RunError(
+            f"stopped on request at step {self.position.global_step}; "
+            f"go on with the same options and --run_dir {self.folder}"
+        )
+
+    def make_record(self, train: Evaluation, test: Evaluation) -> dict[str, Any]:
+        """One epoch's line of `metrics.jsonl`."""
+        position = self.position
+        held_out = "validation" if self.config.validation_split else "test"
+        rate = learning_rate(self.config, position.global_step - 1, self.feed.sharding.steps)
+        return {
+            "epoch": position.epoch + 1,
+            "global_step": position.global_step,
+            "dataset": self.dataset,
+            "train_loss": train.loss,
+            "train_accuracy": train.accuracy,
+            f"{held_out}_loss": test.loss,
+            f"{held_out}_accuracy": test.accuracy,
+            "learning_rate": rate,
+            "epoch_seconds": position.epoch_seconds,
+            "images_per_second": train.images / position.epoch_seconds,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What describes the run beside its configuration."""
+        return {
+            "dataset": self.dataset,
+            "parameters": count_parameters(self.step.network),
+            "world_size": self.runtime.world_size,
+            "device": device_name(self.runtime.device),
+            "precision": self.runtime.precision,
+            "feed": self.feed.name,
+            "step": self.step.mode,
+            "git_commit": git_commit(),
+            "data_sha256": betons.data_sha256(self.manifest),
+        }
+
+    def summarise(self) -> dict[str, Any]:
+        """The run's `summary.json`; accuracies in percent, times in seconds."""
+        records, config = self.position.records, self.config
+        held_out = "validation" if config.validation_split else "test"
+        best = max(records, key=lambda record: record[f"{held_out}_accuracy"])
+        train_seconds = sum(record["epoch_seconds"] for record in records)
+        images = sum(record["epoch_seconds"] * record["images_per_second"] for record in records)
+        return self.facts() | {
+            "recipe": config.recipe,
+            "seed": config.seed,
+            "epochs": config.epochs,
+            f"{held_out}_accuracy": records[-1][f"{held_out}_accuracy"],
+            f"{held_out}_loss": records[-1][f"{held_out}_loss"],
+            f"best_{held_out}_accuracy": best[f"{held_out}_accuracy"],
+            "best_epoch": best["epoch"],
+            f"{held_out}_images": self.evaluation_set[2],
+            "train_seconds": train_seconds,
+            "startup_seconds": self.startup_seconds,
+            "images_per_second": images / train_seconds,
+            "versions": versions(),
+        }
+
+    def save(self) -> None:
+        """Writes a checkpoint; every process hands in its own state."""
+        device = self.runtime.device
+        mine = checkpoint.generator_states(device) | {"totals": self.step.totals.cpu()}
+        everyone = self.runtime.gather(mine)
+        if not self.runtime.is_main:
+            return
+        tensors = self.step.state() | {
+            f"process/{rank}/{name}": tensor
+            for rank, states in enumerate(everyone)
+            for name, tensor in states.items()
+        }
+        state = self.identity() | {
+            **dataclasses.asdict(self.position),
+            "wandb_id": self.tracker.wandb_id,
+        }
+        checkpoint.save(self.folder / "checkpoints", Checkpoint(tensors, state))
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it this training and no other."""
+        return {
+            "config": self.config.as_dict(),
+            "data_sha256": betons.data_sha256(self.manifest),
+            "world_size": self.runtime.world_size,
+            "precision": self.runtime.precision,
+            "mode": self.step.mode,
+        }
+
+    def resume(self) -> str | None:
+        """Goes to where the newest valid checkpoint stood; returns its W&B id."""
+        found = self._find_checkpoint()
+        if found is None:
+            return None
+        checkpoint.check_same_training(found.state, self.identity())
+        device, rank = self.runtime.device, self.runtime.rank
+        self.step.load_state(found.tensors)
+        prefix = f"process/{rank}/"
+        mine = {k.removeprefix(prefix): v for k, v in found.tensors.items() if k.startswith(prefix)}
+        self.step.totals.copy_(mine.pop("totals"))
+        checkpoint.restore_generators(mine, device)
+        names = [field.name for field in dataclasses.fields(Position)]
+        self.position = Position(**{name: found.state[name] for name in names})
+        self.say(f"resumed at epoch {self.position.epoch + 1}, step {self.position.step}")
+        return found.state["wandb_id"]
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        wanted, folder = self.config.resume, self.folder / "checkpoints"
+        if wanted not in ("auto", "never"):
+            try:
+                return checkpoint.load(Path(wanted))
+            except checkpoint.CorruptCheckpointError as error:
+                raise InputError(f"--resume: {error}") from error
+        if wanted == "never":
+            if checkpoint.newest_first(folder):
+                raise InputError(f"{self.folder} holds a run: choose another --run_dir or --resume")
+            return None
+        found, skipped = checkpoint.load_newest(folder)
+        for reason in skipped:
+            self.say(f"skipped a checkpoint: {reason}")
+        return found
+
+    def save_weights(self) -> None:
+        """Writes the final weights as `weights.safetensors`."""
+        if self.runtime.is_main:
+            network = self.step.best_network()
+            weights = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+            details = {"network": self.config.network, "dataset": self.dataset}
+            save_file(weights, self.folder / "weights.safetensors", metadata=details)
+
+    def say(self, message: str) -> None:
+        """Prints a line, on the main process."""
+        if self.runtime.is_main:
+            tqdm.write(message)
+            sys.stdout.flush()
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Trains a network as configured and returns what `summary.json` holds.
+
+    Raises:
+        InputError: bad configuration or data, before anything is trained.
+        RunError: the loss is not finite, a process failed, or a request to stop was obeyed.
+    """
+    training = Training(config)
+    try:
+        summary = training.run()
+        training.runtime.wait()
+    finally:
+        training.runtime.close()
+    return summary
+
+
+def open_betons(config: Config, runtime: Runtime) -> tuple[Any, Path]:
+    """The checked manifest and its folder; the main process prepares the data where it is missing.
+
+    Raises:
+        InputError: no data, data of another set, or data that fails its checksums.
+    """
+    fault = ""
+    if runtime.is_main:
+        try:
+            folder = find_betons(config)
+        except InputError as error:
+            folder, fault = Path(), str(error)
+    folder, fault = runtime.broadcast((folder, fault) if runtime.is_main else None)
+    if fault:
+        raise InputError(fault)
+    manifest = betons.check(folder)
+    if config.dataset not in ("auto", manifest.dataset):
+        raise InputError(
+            f"{folder} holds {manifest.dataset}, not {config.dataset}: "
+            f"give --dataset {manifest.dataset}, or another --data_dir"
+        )
+    return manifest, folder
+
+
+def find_betons(config: Config) -> Path:
+    """The folder of the betons, written first where there is none."""
+    root = Path("data/betons")
+    names = ["mnist", "digits"] if config.dataset == "auto" else [config.dataset]
+    candidates = [Path(config.data_dir)] if config.data_dir else [root / name for name in names]
+    for folder in candidates:
+        if (folder / "manifest.json").exists():
+            return folder
+    out = Path(config.data_dir) if config.data_dir else None
+    manifest = betons.prepare(config.dataset, None, out)
+    return out or root / manifest.dataset
+
+
+def choose_folder(config: Config, dataset: str, runtime: Runtime) -> Path:
+    """The run's folder, made on the main process: as configured, or a new one named for the run."""
+    if config.run_dir:
+        return Path(config.run_dir)
+    name = f"{config.recipe}-{dataset}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path("runs") / name
+    number = 1
+    while runtime.is_main:
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            number += 1
+            folder = Path("runs") / f"{name}-{number}"
+        except OSError as error:
+            raise InputError(f"{folder}: {error.strerror}: choose a --run_dir") from error
+    return runtime.broadcast(folder)
+
+
+def describe(record: dict[str, Any], epochs: int) -> str:
+    """An epoch's record as one line."""
+    held_out = "test" if "test_accuracy" in record else "validation"
+    return (
+        f"epoch {record['epoch']:>2}/{epochs}"
+        f"  train {record['train_accuracy']:.2f} % ({record['train_loss']:.4f})"
+        f"  {held_out} {record[f'{held_out}_accuracy']:.2f} % ({record[f'{held_out}_loss']:.4f})"
+        f"  {record['epoch_seconds']:.2f} s  {record['images_per_second']:,.0f} images/s"
+    )
+
+
+def git_commit() -> str | None:
+    """Commit of the code that runs, with `-dirty` where tracked files differ; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape the result."""
+    names = ("torch", "torchvision", "accelerate", "ffcv", "numpy", "wandb")
+    found = {name: version(name) for name in names}
+    return {"python": ".".join(map(str, sys.version_info[:3]))} | found
+
+
+__all__ = ["Training", "train"]

@@ -1,0 +1,196 @@
+"""Processes, device, precision and reductions: everything that knows how many take part."""
+
+import contextlib
+import datetime
+import os
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from mnist_fast.augment import derive_key
+from mnist_fast.config import Config
+from mnist_fast.errors import InputError
+
+
+class Runtime:
+    """One process's view of the run.
+
+    Attributes:
+        device: where tensors live.
+        rank, world_size: number of this process, and of all.
+        is_main: whether this process speaks and writes for all.
+        precision: no, bf16 or fp16, resolved.
+    """
+
+    def __init__(self, config: Config):
+        self.precision = resolve_precision(config.precision)
+        timeout = datetime.timedelta(seconds=config.process_timeout)
+        self.accelerator = Accelerator(
+            mixed_precision=self.precision,
+            cpu=not torch.cuda.is_available(),
+            log_with="wandb",
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timeout),
+                # running statistics are averaged before they are used, not broadcast in every step
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
+        )
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.is_main: bool = self.accelerator.is_main_process
+        # agreements are made on the host: NCCL alone would sync the device for them
+        self._host_group = (
+            dist.new_group(backend="gloo", timeout=timeout)
+            if self.world_size > 1 and self.device.type == "cuda"
+            else None
+        )
+        self._pending_stop: tuple[Any, Tensor] | None = None
+
+    def seed(self, seed: int) -> None:
+        """Seeds the generators: the same weights everywhere, then other dropout per process."""
+        torch.manual_seed(derive_key(seed, 0, "weights"))
+
+    def seed_process(self, seed: int) -> None:
+        """Seeds this process's own randomness (dropout masks)."""
+        torch.manual_seed(derive_key(seed, self.rank, "process"))
+        random.seed(derive_key(seed, self.rank, "python"))
+        np.random.seed(derive_key(seed, self.rank, "numpy") % 2**32)
+
+    def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """Moves to the device and wraps for several processes (DDP) and for fp16's scaler."""
+        return self.accelerator.prepare(network, optimizer)
+
+    def unwrap(self, network: nn.Module) -> Any:
+        """The network inside what `prepare` returned."""
+        return self.accelerator.unwrap_model(network)
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Runs the forward pass in the run's precision."""
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "no")
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a loss, scaled in fp16."""
+        self.accelerator.backward(loss)
+
+    def average_gradients(self, network: nn.Module) -> None:
+        """Means gradients over the processes in one reduction; for networks outside DDP."""
+        if self.world_size > 1:
+            self._mean([p.grad for p in network.parameters() if p.grad is not None])
+
+    def average_buffers(self, network: nn.Module) -> None:
+        """Means BatchNorm's running statistics, which each process gathers on its own images."""
+        if self.world_size > 1:
+            self._mean([buffer for buffer in network.buffers() if buffer.is_floating_point()])
+
+    def _mean(self, tensors: list[Tensor]) -> None:
+        flat = torch._utils._flatten_dense_tensors(tensors)
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        parts = torch._utils._unflatten_dense_tensors(flat, tensors)
+        torch._foreach_copy_(tensors, list(parts))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over all processes, on every process."""
+        if self.world_size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """The main process's value (any that pickles), on every process."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value (any that pickles), on every process, by rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Returns when every process has come here."""
+        self.accelerator.wait_for_everyone()
+
+    def agree_to_stop(self, requested: bool) -> bool:
+        """Whether the processes stop now: the same answer everywhere, at every step's end.
+
+        With several processes a request is reduced in the background and answered one call later,
+        so that no step waits for it.
+        """
+        if self.world_size == 1:
+            return requested
+        agreed = self._pending_stop is not None and self._finish_stop()
+        flag = torch.tensor([int(requested)], dtype=torch.int32)
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._host_group, async_op=True)
+        self._pending_stop = (work, flag)
+        return agreed
+
+    def _finish_stop(self) -> bool:
+        assert self._pending_stop is not None
+        work, flag = self._pending_stop
+        self._pending_stop = None
+        work.wait()
+        return bool(flag.item())
+
+    def start_tracker(self, project: str, settings: dict[str, Any]) -> Any:
+        """Starts Accelerate's W&B tracker and returns the W&B run; main process only."""
+        self.accelerator.init_trackers(project, init_kwargs={"wandb": settings})
+        return self.accelerator.get_tracker("wandb", unwrap=True)
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Hands values to the tracker."""
+        self.accelerator.log(values)
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        if self._pending_stop is not None:
+            self._finish_stop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def resolve_precision(wanted: str) -> str:
+    """The mixed precision to use.
+
+    `auto` takes what `accelerate launch` was told, else bf16 where matrix units for it exist: on
+    GPUs from Ampere on and on CPUs with AMX. Without these, bf16 is slower than float32.
+
+    Raises:
+        InputError: fp16 without a GPU.
+    """
+    if wanted == "auto":
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        wanted = launched if launched in ("bf16", "fp16") else "bf16" if has_bf16() else "no"
+    if wanted == "fp16" and not torch.cuda.is_available():
+        raise InputError("--precision fp16 needs a GPU: use bf16 or no")
+    return wanted
+
+
+def has_bf16() -> bool:
+    """Whether the hardware multiplies bf16 matrices natively."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability() >= (8, 0)
+    check = getattr(torch.cpu, "_is_amx_tile_supported", None)  # named so in torch 2.6 and later
+    return bool(check and check())
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, for records."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
+    return "cpu"

@@ -1,0 +1,21 @@
+"""Trains the network: `accelerate launch train.py --help` lists the options."""
+
+import sys
+
+from mnist_fast import signals
+from mnist_fast.config import load
+from mnist_fast.errors import run_main
+
+
+def main() -> int:
+    """Resolves the command line and trains."""
+    config = load()
+    from mnist_fast.loop import train  # after bad usage was refused: its imports take seconds
+
+    train(config)
+    return 0
+
+
+if __name__ == "__main__":
+    signals.install()  # before the slow imports: a request to stop may come at any time
+    sys.exit(run_main(main, "train.py"))
