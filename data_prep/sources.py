@@ -149,7 +149,8 @@ def _nothing_found(failure: str) -> str:
         f"MNIST was not found: {places} and data/ do not hold all of {', '.join(FILES)} "
         f"(plain or .gz; in the folder or in MNIST/raw below), and the download "
         f"failed: {failure}. Point MNIST_ROOT=FOLDER or `python -m data_prep --source FOLDER` "
-        "at the files, or use `--dataset digits` or `--dataset auto` for the 1,797 digits of scikit-learn"
+        "at the files, or use `--dataset digits` or `--dataset auto` for the 1,797 digits of "
+        "scikit-learn"
     )
 
 

@@ -80,7 +80,10 @@ def _locked(folder: Path) -> Iterator[int]:
 def _try_lock(path: Path) -> int | None:
     """The descriptor of the locked file, or None if another process has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:  # the process that had it has just removed the folder
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(lock), path.stat()):

@@ -57,19 +57,29 @@ def run_watched(
             stderr=subprocess.PIPE,
             process_group=0,
             pass_fds=[child_end.fileno(), *held_files],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
+            env=os.environ | _child_environment(),
         )
         child_end.close()
         assert process.stderr is not None
         with process.stderr as stderr, _Tail(stderr) as tail:
             try:
-                return _follow(process, reports, silence_limit, on_report)
+                result = _follow(process, reports, silence_limit, on_report)
             except WorkFailed as failure:
                 _end_group(process)
                 reason = tail.last_error()
                 raise WorkFailed(f"{failure}: {reason}" if reason else str(failure)) from None
-            finally:
+            except BaseException:  # for instance Ctrl-C
                 _end_group(process)
+                raise
+            process.wait()
+            return result
+
+
+def _child_environment() -> dict[str, str]:
+    return {
+        "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path),
+        "CUDA_VISIBLE_DEVICES": "",  # FFCV's loader would take memory of a GPU that it sees
+    }
 
 
 def _follow(
@@ -100,10 +110,15 @@ def _follow(
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends the child and everything it started; SIGTERM lets Python free shared memory first."""
-    for signal_number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal_number)
+    """Ends the child and everything it started.
+
+    SIGTERM comes first because Python's resource tracker, which survives it, then frees the shared
+    memory of the others; SIGCONT wakes a stopped process to receive it.
+    """
+    for signals in ((signal.SIGTERM, signal.SIGCONT), (signal.SIGKILL,)):
+        for signal_number in signals:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal_number)
         deadline = time.monotonic() + _END_SECONDS
         while time.monotonic() < deadline:
             process.poll()  # reaps the child, whose own entry would keep the group alive
