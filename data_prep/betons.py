@@ -1,6 +1,7 @@
 """Writes the two betons and reads them back; the work with FFCV happens in a watched child."""
 
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -76,6 +77,7 @@ def prepare(
     Raises:
         InputError: no or bad source files, `out` holds something else, or writing failed.
     """
+    out = Path(out) if out else None
     manifest = _already_prepared(dataset, source, out)
     if manifest is None:
         images = load_source(dataset, source)
@@ -273,14 +275,14 @@ class Samples:
 
 def write_and_read_back(report: Report, folder: str) -> dict[str, Any]:
     """Writes both betons in `folder` and compares all samples; returns each split's statistics."""
-    statistics = {}
+    samples = {}
     for path in _beton_paths(folder):
         images = np.fromfile(path.with_suffix(".images"), np.uint8).reshape(-1, *IMAGE_SHAPE)
         labels = np.fromfile(path.with_suffix(".labels"), np.uint8)
-        samples = Samples(images, labels)
-        _write_beton(report, path, samples)
-        statistics[path.stem] = _read_back(report, path, samples)
-    return statistics
+        samples[path] = Samples(images, labels)
+        _write_beton(report, path, samples[path])
+    # Only now, because reading starts threads and writing forks.
+    return {path.stem: _read_back(report, path, samples[path]) for path in samples}
 
 
 def read_betons(report: Report, folder: str) -> dict[str, Any]:
@@ -353,7 +355,7 @@ def _read_back(report: Report, path: Path, expected: Samples | None = None) -> d
         report(len(labels))
     if expected is not None and position != len(expected):
         raise WorkFailed(f"{path.name} has {position} samples instead of {len(expected)}")
-    mean, sd = _moments(pixels)
+    mean, sd = _moments(pixels.tolist())
     return {
         "samples": position,
         "label_histogram": tuple(histogram.tolist()),
@@ -377,8 +379,12 @@ def _loader(path: str) -> Any:
     )
 
 
-def _moments(histogram: NDArray[np.int64]) -> tuple[float, float]:
-    """Mean and standard deviation, 0 to 1, from the number of pixels of each of 256 values."""
-    values = np.arange(256) / 255
-    mean = float(np.average(values, weights=histogram))
-    return mean, float(np.average((values - mean) ** 2, weights=histogram)) ** 0.5
+def _moments(histogram: list[int]) -> tuple[float, float]:
+    """Mean and standard deviation, 0 to 1, from the number of pixels of each of 256 values.
+
+    In whole numbers up to the last step, so that they are the same on every machine.
+    """
+    count = sum(histogram)
+    total = sum(value * number for value, number in enumerate(histogram))
+    squares = sum(value**2 * number for value, number in enumerate(histogram))
+    return total / (255 * count), math.sqrt(count * squares - total**2) / (255 * count)

@@ -198,6 +198,8 @@ def read_idx(path: Path, images: bool) -> tuple[NDArray[np.uint8], str]:
     Raises:
         InputError: the file cannot be read or is not exactly such a file.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise _bad(path, "it is not a regular file")
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -279,9 +281,8 @@ def reach_mirror(report: Report) -> None:
 
     def ask(mirror: str) -> None:
         try:
-            with urlopen(
-                Request(mirror + FILES[1] + ".gz", method="HEAD"), timeout=CONNECT_SECONDS
-            ):
+            request = Request(f"{mirror}{FILES[1]}.gz", method="HEAD")
+            with urlopen(request, timeout=CONNECT_SECONDS - 2):
                 answers.put("")
         except Exception as error:
             answers.put(str(error))

@@ -71,6 +71,7 @@ def run_watched(
             except BaseException:  # for instance Ctrl-C
                 _end_group(process)
                 raise
+            process.kill()  # it has nothing left to do, and must not delay this by a slow exit
             process.wait()
             return result
 
