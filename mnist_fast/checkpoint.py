@@ -151,7 +151,7 @@ def _verified_contents(path: Path) -> dict[str, bytes]:
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint of a folder, and why each newer one was skipped."""
-    skipped = []
+    skipped: list[str] = []
     for path in newest_first(folder):
         try:
             return load(path), skipped

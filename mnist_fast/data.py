@@ -149,8 +149,8 @@ def open_loader(path: Path, batch_size: int, device: torch.device) -> Any:
     built for one thread here (its work is a copy of 784 bytes per image) and then told torch's
     number, so that it changes nothing.
     """
-    threads = torch.get_num_threads()
-    import numba  # FFCV's import alone sets torch's threads to 1
+    threads = torch.get_num_threads()  # before FFCV's import, which alone sets it to 1
+    import numba
     from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import Squeeze, ToDevice, ToTensor
@@ -170,7 +170,7 @@ def open_loader(path: Path, batch_size: int, device: torch.device) -> Any:
         )
     finally:
         torch.set_num_threads(threads)
-    loader.num_workers = min(threads, numba.config.NUMBA_NUM_THREADS)
+    loader.num_workers = min(threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     return loader
 
 

@@ -46,11 +46,9 @@ class Runtime:
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
         # agreements are made on the host: NCCL alone would sync the device for them
-        self._host_group = (
-            dist.new_group(backend="gloo", timeout=timeout)
-            if self.world_size > 1 and self.device.type == "cuda"
-            else None
-        )
+        self._host_group: Any = None
+        if self.world_size > 1 and self.device.type == "cuda":
+            self._host_group = dist.new_group(backend="gloo", timeout=timeout)
         self._pending_stop: tuple[Any, Tensor] | None = None
 
     def seed(self, seed: int) -> None:
@@ -132,7 +130,8 @@ class Runtime:
             return requested
         agreed = self._pending_stop is not None and self._finish_stop()
         flag = torch.tensor([int(requested)], dtype=torch.int32)
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._host_group, async_op=True)
+        group = self._host_group or dist.group.WORLD
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group, async_op=True)
         self._pending_stop = (work, flag)
         return agreed
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mnist_fast.augment import augment, derive_key, normalise, scale_pixels
 from mnist_fast.config import Config
 from mnist_fast.data import Batch, Sharding
+from mnist_fast.model import Network
 from mnist_fast.runtime import Runtime
 
 COMPILE_FROM_IMAGES = (
@@ -66,10 +67,10 @@ class TrainingStep:
             process since `reset_totals`. Reading it is the only thing that waits for the device.
     """
 
-    def __init__(self, config: Config, network: nn.Module, runtime: Runtime, sharding: Sharding):
+    def __init__(self, config: Config, network: Network, runtime: Runtime, sharding: Sharding):
         self.config, self.runtime, self.sharding = config, runtime, sharding
         self.mode = resolve_mode(config, runtime.precision, sharding.samples)
-        network = network.to(runtime.device, memory_format=torch.channels_last)
+        network = network.to(runtime.device).to(memory_format=torch.channels_last)
         self.averaged = copy.deepcopy(network).eval() if config.ema_decay else None
         self.optimizer = build_optimizer(config, network)
         if self.mode == "eager":
@@ -181,7 +182,7 @@ class TrainingStep:
         """Starts counting anew."""
         self.totals.zero_()
 
-    def best_network(self) -> nn.Module:
+    def best_network(self) -> Network:
         """The network to evaluate and keep: the averaged one where there is one."""
         return self.network if self.averaged is None else self.averaged
 

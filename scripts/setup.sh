@@ -19,7 +19,11 @@ die() {
 }
 
 made_from() {
-  { printf '%s\n' "${UV_PYTHON:-}" "${FFCV_WHEEL:-}" && cat pyproject.toml uv.lock; } | sha256sum | cut -d' ' -f1
+  {
+    printf '%s\n' "${UV_PYTHON:-}"
+    cat pyproject.toml uv.lock
+    [[ ! -d $wheels ]] || (cd "$wheels" && find . -name 'ffcv-*.whl' -exec sha256sum {} + | sort)
+  } | sha256sum | cut -d' ' -f1
 }
 
 python_works() {
@@ -56,7 +60,7 @@ keep_ffcv_wheel() {
   [[ -f $FFCV_WHEEL ]] || die "FFCV_WHEEL: there is no file $FFCV_WHEEL"
   mkdir -p "$wheels"
   printf '*\n' >.tools/.gitignore
-  [[ $FFCV_WHEEL -ef $wheels/$(basename "$FFCV_WHEEL") ]] || cp "$FFCV_WHEEL" "$wheels/"
+  cmp -s "$FFCV_WHEEL" "$wheels/$(basename "$FFCV_WHEEL")" || cp "$FFCV_WHEEL" "$wheels/"
 }
 
 build_needs() { # the Debian packages that building FFCV still lacks
@@ -78,35 +82,37 @@ install_build_needs() {
 ' and run make setup FFCV_WHEEL=PATH' scripts/apt_install.sh "${needs[@]}" || exit 2
 }
 
-synchronise() { # installs the locked environment; arguments go to uv
+synchronise() { # installs the locked environment
   local wheel
   # FFCV last: the Python it is compiled for, and so the headers it needs, are known by then.
-  "$uv" sync --locked --no-install-package ffcv "$@" || die "uv could not install the locked environment (see above)"
+  "$uv" sync --locked --no-install-package ffcv ||
+    die "uv could not install the locked environment (see above; UV_PYTHON=/path/to/python3.12 names a Python)"
   wheel=$(ffcv_wheel)
   if [[ -n $wheel ]]; then
     "$uv" pip install --python .venv/bin/python --no-deps --reinstall "$wheel" || die "could not install $wheel"
   else
     install_build_needs
-    "$uv" sync --locked "$@" || die "uv could not build or install FFCV (see above)"
+    "$uv" sync --locked || die "uv could not build or install FFCV (see above)"
   fi
 }
 
 [[ $(uname -s) == Linux ]] || die "only Linux is supported (FFCV's loader needs it): use a Debian or Ubuntu machine," \
   "virtual machine or container"
+keep_ffcv_wheel
 up_to_date && exit 0
 
 started=$SECONDS
 uv=$(scripts/find_uv.sh)
 discard_broken_environment
-keep_ffcv_wheel
 [[ -d $wheels ]] || install_build_needs # ask for system libraries before gigabytes are fetched
 say "installing the locked environment into .venv (several GB the first time)"
 synchronise
 say "checking that every library imports"
 if ! .venv/bin/python scripts/preflight.py; then
-  say "trying once more with everything installed anew"
+  say "trying once more with a new .venv"
   "$uv" cache clean ffcv # it may have been compiled against libraries that have left this machine
-  synchronise --reinstall
+  rm -rf .venv           # not uv's --reinstall, which fetches everything again
+  synchronise
   .venv/bin/python scripts/preflight.py || exit 2
 fi
 printf '%s\n%s\n' "$PWD" "$(made_from)" >"$stamp"
