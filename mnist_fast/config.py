@@ -27,7 +27,7 @@ class Config:
 
     # What is trained, on what
     recipe: str = option("fast", "recipe to start from: a file name in mnist_fast/recipes")
-    network: Literal["notebook"] = option("notebook", "network in mnist_fast/model.py")
+    network: Literal["notebook", "record"] = option("notebook", "network in mnist_fast/model.py")
     dataset: Literal["mnist", "digits", "auto"] = option(
         "mnist", "data set; auto takes scikit-learn's digits where MNIST cannot be had"
     )

@@ -59,18 +59,22 @@ class Sharding:
         """Refuses sizes that some process could not train on."""
         if self.batch_size % self.world_size:
             raise InputError(
-                f"batch_size {self.batch_size} is not divisible by {self.world_size} processes"
+                f"batch_size {self.batch_size} is not divisible by {self.world_size} processes: "
+                "choose another, or another --num_processes of the launcher",
+                shared=True,
             )
         if not self.steps:
             raise InputError(
                 f"batch_size {self.batch_size} is larger than the {self.samples} training images: "
-                "lower it, or set drop_last to false"
+                "lower it, or set drop_last to false",
+                shared=True,
             )
         last = self.part(self.steps - 1)[2]
         if last // self.world_size < 2:  # BatchNorm needs two values per channel
             raise InputError(
                 f"the last batch of {last} images leaves fewer than 2 to one of "
-                f"{self.world_size} processes: set drop_last, or change batch_size"
+                f"{self.world_size} processes: set drop_last, or change batch_size",
+                shared=True,
             )
 
     @property

@@ -1,21 +1,36 @@
 """The two ways a run ends that are not success: bad input (exit 2) and everything else (exit 1)."""
 
+import os
 import sys
 from collections.abc import Callable
 
 
-class InputError(Exception):
+class _OneLineError(Exception):
+    """Ends a run with one line.
+
+    Args:
+        message: the line.
+        shared: every process raises the same error, so that the first one alone prints it.
+    """
+
+    def __init__(self, message: str, shared: bool = False):
+        super().__init__(message)
+        self.shared = shared
+
+
+class InputError(_OneLineError):
     """Bad usage, configuration or data; the message says what, where and what to do."""
 
 
-class RunError(Exception):
+class RunError(_OneLineError):
     """The run itself failed (for instance the loss is not finite): one line, exit status 1."""
 
 
-def report_error(error: Exception, program: str) -> int:
+def report_error(error: _OneLineError, program: str) -> int:
     """Prints an error as one line on standard error and returns its exit status."""
-    message = " ".join(str(error).split())
-    print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+    if not (error.shared and int(os.environ.get("RANK", 0))):
+        message = " ".join(str(error).split())
+        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
     return 2 if isinstance(error, InputError) else 1
 
 

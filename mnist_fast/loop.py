@@ -1,6 +1,7 @@
 """The training loop: `train(config)` is the whole interface."""
 
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -98,8 +99,10 @@ class Training:
     def run(self) -> dict[str, Any]:
         """Trains from where the run stands to its end; returns the summary."""
         wandb_id = self.resume()
-        if self.position.epoch >= self.config.epochs:
+        summary_file = self.folder / "summary.json"
+        if self.position.epoch >= self.config.epochs and summary_file.exists():
             self.say(f"{self.folder} is finished: nothing to do")
+            return json.loads(summary_file.read_text(encoding="utf-8"))
         self.tracker.start(self.facts(), self.position.records, wandb_id)
         try:
             self.step.warm_up()
@@ -117,6 +120,8 @@ class Training:
         position = self.position
         train = self.train_epoch()
         self.runtime.average_buffers(self.step.network)
+        if self.step.averaged is not None:
+            self.runtime.average_buffers(self.step.averaged)
         images, labels, count = self.evaluation_set
         test = evaluate(self.step.best_network(), images, labels, self.runtime, count)
         record = self.make_record(train, test)
@@ -149,7 +154,8 @@ class Training:
         position.epoch_seconds += time.perf_counter() - started
         if not math.isfinite(loss):
             raise RunError(
-                f"the loss is {loss} in epoch {position.epoch + 1}: lower --learning_rate"
+                f"the loss is {loss} in epoch {position.epoch + 1}: lower --learning_rate",
+                shared=True,
             )
         return Evaluation(loss / count, 100 * hits / count, int(count))
 
@@ -171,7 +177,8 @@ class Training:
         self.runtime.wait()
         raise RunError(
             f"stopped on request at step {self.position.global_step}; "
-            f"go on with the same options and --run_dir {self.folder}"
+            f"go on with the same options and --run_dir {self.folder}",
+            shared=True,
         )
 
     def make_record(self, train: Evaluation, test: Evaluation) -> dict[str, Any]:
@@ -334,7 +341,7 @@ def open_betons(config: Config, runtime: Runtime) -> tuple[Any, Path]:
             folder, fault = Path(), str(error)
     folder, fault = runtime.broadcast((folder, fault) if runtime.is_main else None)
     if fault:
-        raise InputError(fault)
+        raise InputError(fault, shared=True)
     manifest = betons.check(folder)
     if config.dataset not in ("auto", manifest.dataset):
         raise InputError(
