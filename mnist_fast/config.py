@@ -167,7 +167,9 @@ def build_parser() -> Any:
     """A parser with one option per field of `Config`, and --config."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="train.py", exit_on_error=False, description=DESCRIPTION)
+    parser = ArgumentParser(
+        prog="train.py", exit_on_error=False, allow_abbrev=False, description=DESCRIPTION
+    )
     parser.add_argument("--config", type=str | None, default=None, help="YAML file with options")
     for field in dataclasses.fields(Config):
         help_text = field.metadata["help"]
@@ -220,10 +222,12 @@ def _checked(parser: Any, where: str, layer: dict[str, Any]) -> dict[str, Any]:
     """A layer's values, converted to the types of their fields; unknown keys are errors."""
     from jsonargparse import ArgumentError
 
-    names = {field.name for field in dataclasses.fields(Config)}
-    for key in layer:
-        if key not in names:
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    for key, value in layer.items():
+        if key not in fields:
             raise InputError(f"{where}: unknown key '{key}'; see train.py --help")
+        if value is None and fields[key].default is not None:  # the parser would take it
+            raise InputError(f"{where}: {key} has no value")
     try:
         checked = parser.parse_object(layer, defaults=False).as_dict()
     except ArgumentError as error:
