@@ -162,7 +162,9 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 # What may differ between a run and its continuation without changing the training.
 FREE = {
-    *("data_dir", "run_dir", "resume", "wandb", "feed", "process_timeout", "checkpoint_every"),
+    *("data_dir", "run_dir", "resume", "feed", "process_timeout", "checkpoint_every"),
+    *("wandb", "wandb_project", "wandb_entity", "wandb_name"),
+    *("wandb_group", "wandb_job_type", "wandb_tags", "wandb_notes"),
     "recipe",  # only the name: what it chose is compared key by key
     "dataset",  # the data's checksum is compared instead
 }

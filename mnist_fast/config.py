@@ -85,8 +85,15 @@ class Config:
     )
     checkpoint_every: int = option(1, "epochs between two checkpoints; 0 is only at the end")
     wandb: Literal["auto", "online", "offline", "disabled"] = option(
-        "auto", "Weights & Biases; auto is online with a key and offline without"
+        "auto", "Weights & Biases; auto is what WANDB_MODE says, else online with a key or offline"
     )
+    wandb_project: str | None = option(None, "W&B project (default: $WANDB_PROJECT, mnist_fast)")
+    wandb_entity: str | None = option(None, "W&B user or team (default: $WANDB_ENTITY)")
+    wandb_name: str | None = option(None, "W&B run name (default: $WANDB_NAME, that of run_dir)")
+    wandb_group: str | None = option(None, "W&B run group (default: $WANDB_RUN_GROUP)")
+    wandb_job_type: str | None = option(None, "W&B job type (default: $WANDB_JOB_TYPE, train)")
+    wandb_tags: str | None = option(None, "W&B tags, separated by commas (default: $WANDB_TAGS)")
+    wandb_notes: str | None = option(None, "W&B notes (default: $WANDB_NOTES)")
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
