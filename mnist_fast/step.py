@@ -103,6 +103,7 @@ class TrainingStep:
         weight = self.runtime.world_size / batch.global_size
         images, labels = batch.gather()
         forward = self._forward if len(batch) == self.sharding.local_size else self._forward_rest
+        self._stepper.zero_grad()  # not behind the step: `gradient_norm` reads the last ones
         loss, hits = forward(self._prepare_inputs(images, batch.position), labels)
         self.runtime.backward(loss * weight)
         if self.mode != "eager":
@@ -110,7 +111,6 @@ class TrainingStep:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self._stepper.step()
-        self._stepper.zero_grad()
         self.totals += torch.stack([loss.detach().double(), hits.double(), self._one * len(batch)])
         self._average()
 
@@ -177,6 +177,16 @@ class TrainingStep:
             if f"momentum/{index}" in tensors:
                 momentum = torch.empty_like(parameter).copy_(tensors[f"momentum/{index}"])
                 self.optimizer.state[parameter]["momentum_buffer"] = momentum
+
+    def gradient_norm(self) -> float | None:
+        """Euclidean norm of the last step's gradient; it waits for the device.
+
+        None before the first step, and in fp16, whose gradients are scaled.
+        """
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        if not gradients or self.runtime.precision == "fp16":
+            return None
+        return torch.stack(torch._foreach_norm(gradients)).norm().item()
 
     def reset_totals(self) -> None:
         """Starts counting anew."""
