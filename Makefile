@@ -46,6 +46,6 @@ bench: setup ## measure the throughput of this machine
 	$(PYTHON) benchmarks/throughput.py $(ARGS)
 
 clean: ## remove caches; data/, runs/ and .venv stay
-	rm -rf .mypy_cache .pytest_cache .ruff_cache .bundle
+	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find . \( -name .git -o -name .venv -o -name .tools -o -name data -o -name runs \) -prune \
 		-o -name __pycache__ -type d -print0 | xargs -0 -r rm -rf
