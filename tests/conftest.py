@@ -1,0 +1,73 @@
+"""Fixtures: data sets for the tests, and an environment that holds nothing of the user's."""
+
+import os
+from pathlib import Path
+
+import helpers
+import pytest
+
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte") + (
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_of_the_users(tmp_path_factory):
+    """No key, no settings of W&B or accelerate, no distributed environment is picked up."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if helpers.is_foreign(name)]:
+            patch.delenv(name)
+        for name, folder in helpers.private_folders(home).items():
+            patch.setenv(name, str(folder))
+        yield
+
+
+@pytest.fixture(scope="session")
+def mnist_root():
+    """Absolute path of the torchvision root that holds the four MNIST files."""
+    variable = os.environ.get("MNIST_ROOT")
+    if not variable:
+        pytest.skip("needs the real MNIST: MNIST_ROOT is not set")
+    root = (helpers.ROOT / Path(variable).expanduser()).resolve()
+    for folder in (root / "MNIST" / "raw", root):
+        if all(any(folder.glob(f"{name}*")) for name in IDX_FILES):
+            return root
+    pytest.skip(f"needs the real MNIST: MNIST_ROOT={variable} does not hold the four files")
+
+
+@pytest.fixture(scope="session")
+def small_betons(tmp_path_factory):
+    """Folder of betons with the digits: 1,437 images to train and 360 to test."""
+    from data_prep.betons import prepare
+
+    folder = tmp_path_factory.mktemp("digits")
+    prepare("digits", None, folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mnist_betons(mnist_root, tmp_path_factory):
+    """Folder of betons with the real MNIST."""
+    from data_prep.betons import prepare
+
+    folder = tmp_path_factory.mktemp("mnist")
+    prepare("mnist", mnist_root, folder, progress=False)
+    return folder
+
+
+@pytest.fixture
+def in_process():
+    """For tests that train in this process: leaves no distributed or accelerate state behind."""
+    with helpers.single_process():
+        yield
+
+
+@pytest.fixture
+def runtime(in_process):
+    """The one process of a run in float32."""
+    from mnist_fast.config import Config
+    from mnist_fast.runtime import Runtime
+
+    return Runtime(Config(precision="no"))

@@ -1,0 +1,131 @@
+"""What several test files share: launching programs, and reading what a run leaves."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = ROOT / "train.py"
+
+# The digits, quickly: 11 steps per epoch, nothing compiled, no W&B.
+QUICK = ("--dataset", "digits", "--step", "eager", "--wandb", "disabled", "--precision", "no")
+
+_FOREIGN = ("WANDB_", "ACCELERATE_", "TORCHELASTIC_", "MLFLOW_", "COMET_")
+_FOREIGN_NAMES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+def is_foreign(name):
+    """Whether an environment variable could steer a run from outside."""
+    return name in _FOREIGN_NAMES or name.startswith(_FOREIGN)
+
+
+def private_folders(home):
+    """Environment variables that keep W&B and accelerate out of the user's folders."""
+    return {
+        "NETRC": home / "netrc",
+        "WANDB_CONFIG_DIR": home / "wandb-config",
+        "WANDB_CACHE_DIR": home / "wandb-cache",
+        "WANDB_DATA_DIR": home / "wandb-data",
+        "HF_HOME": home / "huggingface",
+    }
+
+
+def launch(*command, cwd, timeout, environment=None):
+    """Runs a program to its end; kills its whole process group when the time is over.
+
+    Returns the completed process with its text, standard error apart.
+    """
+    process = start(*command, cwd=cwd, environment=environment)
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    finally:
+        end(process)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def start(*command, cwd, environment=None):
+    """Starts a program in its own process group, without a terminal."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
+    return subprocess.Popen(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**inherited, **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process):
+    """Kills what is left of a started program's process group."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def train_script(*arguments, cwd, timeout=100, environment=None):
+    """`python train.py ...`."""
+    return launch(
+        sys.executable, TRAIN, *arguments, cwd=cwd, timeout=timeout, environment=environment
+    )
+
+
+def accelerate_launch(*arguments, cwd, timeout=150, environment=None):
+    """`accelerate launch ...`, as the environment's own script runs it."""
+    program = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    return launch(*program, *arguments, cwd=cwd, timeout=timeout, environment=environment)
+
+
+def torchrun(processes, *arguments, cwd, timeout=200, environment=None):
+    """`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N ...` with gloo."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    on_cpu = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return launch(
+        *program,
+        f"--nproc_per_node={processes}",
+        *arguments,
+        cwd=cwd,
+        timeout=timeout,
+        environment=on_cpu | (environment or {}),
+    )
+
+
+def error_lines(stderr, program="train.py"):
+    """The lines with which a program said that it failed."""
+    return [line for line in stderr.splitlines() if line.startswith(f"{program}: error: ")]
+
+
+def read_records(folder):
+    """The records of a run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_summary(folder):
+    """A run's `summary.json`."""
+    return json.loads((folder / "summary.json").read_text())
+
+
+@contextlib.contextmanager
+def single_process():
+    """Forgets accelerate's state, torch's random state and requests to stop, before and after."""
+    import torch
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    from mnist_fast import signals
+
+    def forget():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        PartialState._reset_state()
+        signals.forget()
+
+    forget()
+    with torch.random.fork_rng():
+        yield
+    forget()

@@ -1,0 +1,256 @@
+"""Choices: which layer wins, and what is refused with which message."""
+
+import ast
+import dataclasses
+import json
+import re
+
+import pytest
+import yaml
+from helpers import ROOT, TRAIN, train_script
+
+from mnist_fast import config
+from mnist_fast.config import Config, build_parser, dump, load, recipe_names
+from mnist_fast.errors import InputError
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a configuration file and returns its path."""
+
+    def write_file(text):
+        path = tmp_path / "choices.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write_file
+
+
+def refusal(*arguments):
+    with pytest.raises(InputError) as caught:
+        load(arguments)
+    return str(caught.value)
+
+
+# Who wins
+
+
+def test_a_recipe_overrides_the_defaults_and_leaves_the_rest():
+    chosen = load(["--recipe", "notebook"])
+    recipe = yaml.safe_load((config.RECIPES / "notebook.yaml").read_text())
+    for name, field in FIELDS.items():
+        expected = "notebook" if name == "recipe" else recipe.get(name, field.default)
+        assert getattr(chosen, name) == expected, name
+    assert recipe["fill"] != Config.fill  # else this would show nothing
+
+
+def test_a_file_overrides_the_recipe_and_an_option_the_file(write):
+    file = write("learning_rate: 0.3\nepochs: 4\nrotation: 2\n")
+    chosen = load(["--learning_rate", "0.5", "--config", file, "--recipe", "notebook"])
+    assert (chosen.learning_rate, chosen.epochs, chosen.rotation) == (0.5, 4, 2)
+    assert (chosen.recipe, chosen.shear) == ("notebook", 10)
+
+
+def test_a_file_names_the_recipe_unless_an_option_does(write):
+    file = write("recipe: notebook\nepochs: 4\n")
+    assert load(["--config", file]) == load(["--recipe", "notebook", "--epochs", "4"])
+    assert load(["--config", file, "--recipe", "fast"]) == load(["--epochs", "4"])
+
+
+def test_the_default_recipe_is_fast():
+    assert load([]) == load(["--recipe", "fast"])
+    assert load([]).schedule == "onecycle"
+
+
+def test_an_option_may_state_the_default_against_the_recipe():
+    assert load(["--recipe", "notebook"]).drop_last is False
+    assert load(["--recipe", "fast"]).drop_last is True
+    assert load(["--recipe", "fast", "--drop_last", "false"]).drop_last is False
+    assert load(["--recipe", "fast", "--learning_rate", "0.01"]).learning_rate == 0.01
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_loads_and_states_what_it_is(name):
+    recipe = yaml.safe_load((config.RECIPES / f"{name}.yaml").read_text())
+    chosen = load(["--recipe", name]).as_dict()
+    assert chosen["recipe"] == name
+    assert {key: chosen[key] for key in recipe} == recipe
+
+
+def test_the_resolved_choices_come_back_through_config(tmp_path):
+    options = ["--recipe", "notebook", "--epochs", "3", "--learning_rate", "1e-3"]
+    options += ["--precision", "no", "--run_dir", "runs/no", "--drop_last", "true"]
+    chosen = load(options)
+    dump(chosen, tmp_path / "config.yaml")
+    assert load(["--config", str(tmp_path / "config.yaml")]) == chosen
+    assert list(yaml.safe_load((tmp_path / "config.yaml").read_text())) == list(FIELDS)
+
+
+def test_numbers_may_be_written_as_people_write_them(write):
+    assert load(["--config", write("learning_rate: 1e-3\nrotation: 7\n")]).learning_rate == 1e-3
+    assert isinstance(load(["--rotation", "7"]).rotation, float)
+
+
+def test_the_choices_cannot_be_changed_later():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load([]).epochs = 3
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--bogus", "1"),
+        ("--epoch", "1"),  # no abbreviations: a later option could change their meaning
+        ("stray",),
+        ("--epochs",),
+        ("--epochs", "1.5"),
+        ("--epochs", "many"),
+        ("--epochs", "null"),
+        ("--learning_rate", "fast"),
+        ("--learning_rate", "nan"),
+        ("--learning_rate", "inf"),
+        ("--drop_last", "maybe"),
+        ("--precision", "fp8"),
+        ("--schedule", "cosine"),
+        ("--network", "resnet"),
+        ("--recipe", "absent"),
+        ("--recipe", "../recipes/fast"),
+    ],
+)
+def test_a_bad_option_is_refused_and_named(arguments):
+    message = refusal(*arguments)
+    assert arguments[0].removeprefix("--") in message
+    assert "train.py --help" in message or ", ".join(recipe_names()) in message
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("epoch: 3", "unknown key 'epoch'"),
+        ("config: other.yaml", "unknown key 'config'"),
+        ("epochs: 1.5", "epochs"),
+        ("epochs: true", "epochs"),
+        ("epochs: [1]", "epochs"),
+        ("epochs: {a: 1}", "epochs"),
+        ("epochs:", "epochs has no value"),
+        ("learning_rate: high", "learning_rate"),
+        ("drop_last: 1", "drop_last"),
+        ("precision: fp8", "precision"),
+        ("data_dir: 3", "data_dir"),
+        ("recipe: absent", "recipe absent: unknown"),
+        ("- epochs", "option: value"),
+        ("1: 2", "option: value"),
+        ("just words", "option: value"),
+        ("epochs: 3: 4", "not valid YAML"),
+        ("epochs: [3", "not valid YAML"),
+        ("epochs: !!python/object:os.system {}", "not valid YAML"),
+        ("\x00", "not valid YAML"),
+    ],
+)
+def test_a_bad_file_is_refused_and_named(write, text, named):
+    message = refusal("--config", write(text))
+    assert named in message
+    assert "choices.yaml" in message or "recipe" in named
+
+
+def test_an_empty_file_changes_nothing(write):
+    assert load(["--config", write("# nothing yet\n")]) == load([])
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    assert "No such file" in refusal("--config", str(tmp_path / "absent.yaml"))
+    assert "Is a directory" in refusal("--config", str(tmp_path))
+    (tmp_path / "latin.yaml").write_bytes(b"recipe: \xe9t\xe9")
+    assert "not valid YAML" in refusal("--config", str(tmp_path / "latin.yaml"))
+
+
+@pytest.mark.parametrize("name", sorted(config.RANGES))
+def test_every_range_is_held_at_both_ends(name):
+    low, high = config.RANGES[name]
+    for inside in (low, high):
+        assert getattr(Config(**_valid(name, inside)), name) == inside
+    for outside in (low - 1, high * 2 + 1, float("nan"), float("inf"), float("-inf")):
+        with pytest.raises(InputError, match=f"^{name} is .*between .* and "):
+            Config(**_valid(name, outside))
+
+
+def _valid(name, value):
+    """A value together with what must accompany it."""
+    partner = {"scale_min": "scale_max", "scale_max": "scale_min"}.get(name)
+    return {name: value} | ({partner: value} if partner and 0.1 <= value <= 10 else {})
+
+
+def test_every_number_has_a_range():
+    numbers = {name for name, field in FIELDS.items() if type(field.default) in (int, float)}
+    assert numbers == set(config.RANGES)
+
+
+def test_ranges_hold_in_files_too(write):
+    assert "learning_rate is nan" in refusal("--config", write("learning_rate: .nan"))
+    assert "dropout is inf" in refusal("--config", write("dropout: .inf"))
+    assert "seed is" in refusal("--config", write("seed: 99999999999999999999"))
+
+
+def test_choices_that_exclude_each_other_are_refused():
+    assert "scale_min 1.2 is larger" in refusal("--scale_min", "1.2")
+    assert "momentum" in refusal("--nesterov", "true", "--momentum", "0")
+
+
+# What the options are
+
+
+def test_help_lists_every_option_with_its_default():
+    text = " ".join(build_parser().format_help().split())
+    for name, field in FIELDS.items():
+        described = re.search(rf"--{name} \S.*?{re.escape(field.metadata['help'])}", text)
+        assert described, name
+        default = re.match(r" \(type: .*?default: (\S+)\)", text[described.end() :])
+        assert default, name
+        assert yaml.safe_load(default[1]) == yaml.safe_load(json.dumps(field.default)), name
+
+
+def test_every_choice_is_read_somewhere():
+    read = set()
+    for path in [TRAIN, *(ROOT / "mnist_fast").glob("*.py")]:
+        if path.name == "config.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and _is_config(node.value):
+                read.add(node.attr)
+    assert set(FIELDS) - read == set()
+
+
+def _is_config(node):
+    """Whether an expression is `config` or ends in `.config`."""
+    return "config" in (getattr(node, "id", None), getattr(node, "attr", None))
+
+
+@pytest.mark.timeout(60)
+def test_bad_usage_exits_with_2_and_one_line(tmp_path, write):
+    cases = {
+        ("--bogus", "1"): "--bogus",
+        ("--epochs", "0"): "epochs is 0: it must be between 1 and",
+        ("--config", "absent.yaml"): "absent.yaml: No such file",
+        ("--config", write("epochs: [3\nseed: 1")): "choices.yaml: not valid YAML",
+    }
+    for arguments, named in cases.items():
+        done = train_script(*arguments, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert done.stdout == ""
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("train.py: error: ")
+        assert named in line
+
+
+@pytest.mark.timeout(60)
+def test_help_exits_with_0(tmp_path):
+    done = train_script("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "--batch_size" in done.stdout
+    assert list(tmp_path.iterdir()) == []
