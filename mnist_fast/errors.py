@@ -1,4 +1,4 @@
-"""The two ways a run ends that are not success: bad input (exit 2) and everything else (exit 1)."""
+"""The ways a run ends that are not success: bad input (exit 2) and everything else (exit 1)."""
 
 import os
 import sys
@@ -26,7 +26,18 @@ class RunError(_OneLineError):
     """The run itself failed (for instance the loss is not finite): one line, exit status 1."""
 
 
-def report_error(error: _OneLineError, program: str) -> int:
+class Stopped(BaseException):
+    """The run ended on request (SIGTERM, SIGUSR1): one line, exit status 1.
+
+    Not an `Exception`: it may rise anywhere, and nobody who guards against faults should keep it.
+    """
+
+    def __init__(self, message: str, shared: bool = False):
+        super().__init__(message)
+        self.shared = shared
+
+
+def report_error(error: _OneLineError | Stopped, program: str) -> int:
     """Prints an error as one line on standard error and returns its exit status."""
     if not (error.shared and int(os.environ.get("RANK", 0))):
         message = " ".join(str(error).split())
@@ -35,8 +46,8 @@ def report_error(error: _OneLineError, program: str) -> int:
 
 
 def run_main(main: Callable[[], int], program: str) -> int:
-    """Calls `main` and returns the exit status; `InputError` and `RunError` show no traceback."""
+    """Calls `main` and returns the exit status; the errors above show no traceback."""
     try:
         return main()
-    except (InputError, RunError) as error:
+    except (InputError, RunError, Stopped) as error:
         return report_error(error, program)

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from data_prep import betons
-from mnist_fast import checkpoint, signals
+from mnist_fast import checkpoint, run_folder, signals
 from mnist_fast.checkpoint import Checkpoint
 from mnist_fast.config import Config
 from mnist_fast.data import ResidentFeed, Sharding, StreamFeed, read_all, share
-from mnist_fast.errors import InputError, RunError
+from mnist_fast.errors import InputError, RunError, Stopped
 from mnist_fast.evaluate import Evaluation, evaluate
 from mnist_fast.model import build_network, count_parameters
-from mnist_fast.runtime import Runtime, device_name
+from mnist_fast.runtime import Runtime, device_name, naming_lost_processes
 from mnist_fast.schedule import learning_rate
 from mnist_fast.step import TrainingStep
 from mnist_fast.tracking import Tracker
@@ -51,7 +51,7 @@ class Training:
         self.runtime = Runtime(config)
         self.manifest, self.betons = open_betons(config, self.runtime)
         self.dataset: str = self.manifest.dataset
-        self.folder = choose_folder(config, self.dataset, self.runtime)
+        self.folder = self.runtime.on_main(lambda: choose_folder(config, self.dataset))
         self.feed, self.evaluation_set = self._open_data()
         self.runtime.seed(config.seed)
         network = build_network(config.network, config.dropout)
@@ -98,14 +98,16 @@ class Training:
 
     def run(self) -> dict[str, Any]:
         """Trains from where the run stands to its end; returns the summary."""
-        wandb_id = self.resume()
+        with signals.leaving_at_once():
+            wandb_id = self.resume()
         summary_file = self.folder / "summary.json"
         if self.position.epoch >= self.config.epochs and summary_file.exists():
             self.say(f"{self.folder} is finished: nothing to do")
             return json.loads(summary_file.read_text(encoding="utf-8"))
-        self.tracker.start(self.facts(), self.position.records, wandb_id)
         try:
-            self.step.warm_up()
+            with signals.leaving_at_once():
+                self.tracker.start(self.facts(), self.position.records, wandb_id)
+                self.step.warm_up()
             while self.position.epoch < self.config.epochs:
                 self.run_epoch()
             summary = self.summarise()
@@ -174,8 +176,7 @@ class Training:
     def stop(self) -> None:
         """Saves a checkpoint and leaves, on a request to stop."""
         self.save()
-        self.runtime.wait()
-        raise RunError(
+        raise Stopped(
             f"stopped on request at step {self.position.global_step}; "
             f"go on with the same options and --run_dir {self.folder}",
             shared=True,
@@ -237,21 +238,32 @@ class Training:
 
     def save(self) -> None:
         """Writes a checkpoint; every process hands in its own state."""
-        device = self.runtime.device
-        mine = checkpoint.generator_states(device) | {"totals": self.step.totals.cpu()}
-        everyone = self.runtime.gather(mine)
-        if not self.runtime.is_main:
-            return
-        tensors = self.step.state() | {
+        tensors = self.tensors()
+        if self.runtime.is_main:
+            state = self.identity() | {
+                **dataclasses.asdict(self.position),
+                "scaler": self.runtime.scaler_state(),
+                "wandb_id": self.tracker.wandb_id,
+            }
+            checkpoint.save(self.folder / "checkpoints", Checkpoint(tensors, state))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A checkpoint's tensors: those that all processes share, and each one's own."""
+        own = checkpoint.generator_states(self.runtime.device) | self.own_tensors()
+        return self.step.state() | {
             f"process/{rank}/{name}": tensor
-            for rank, states in enumerate(everyone)
-            for name, tensor in states.items()
+            for rank, tensors in enumerate(self.runtime.gather(_on_cpu(own)))
+            for name, tensor in tensors.items()
         }
-        state = self.identity() | {
-            **dataclasses.asdict(self.position),
-            "wandb_id": self.tracker.wandb_id,
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """What this process counted and, until the epoch's end, averaged over its own images."""
+        networks = {"network": self.step.network, "averaged": self.step.averaged}
+        return {"totals": self.step.totals} | {
+            f"{prefix}/{name}": buffer
+            for prefix, network in networks.items()
+            for name, buffer in (network.named_buffers() if network is not None else ())
         }
-        checkpoint.save(self.folder / "checkpoints", Checkpoint(tensors, state))
 
     def identity(self) -> dict[str, Any]:
         """What makes it this training and no other."""
@@ -259,26 +271,35 @@ class Training:
             "config": self.config.as_dict(),
             "data_sha256": betons.data_sha256(self.manifest),
             "world_size": self.runtime.world_size,
+            "device": self.runtime.device.type,
             "precision": self.runtime.precision,
             "mode": self.step.mode,
+            "steps_per_epoch": self.feed.sharding.steps,
         }
 
     def resume(self) -> str | None:
         """Goes to where the newest valid checkpoint stood; returns its W&B id."""
-        found = self._find_checkpoint()
+        found = self.runtime.on_main(self._find_checkpoint)
         if found is None:
             return None
         checkpoint.check_same_training(found.state, self.identity())
-        device, rank = self.runtime.device, self.runtime.rank
+        checkpoint.check_tensors(found.tensors, self.tensors() | self._momentum())
         self.step.load_state(found.tensors)
-        prefix = f"process/{rank}/"
-        mine = {k.removeprefix(prefix): v for k, v in found.tensors.items() if k.startswith(prefix)}
-        self.step.totals.copy_(mine.pop("totals"))
-        checkpoint.restore_generators(mine, device)
+        prefix = f"process/{self.runtime.rank}/"
+        own = {k.removeprefix(prefix): v for k, v in found.tensors.items() if k.startswith(prefix)}
+        for name, tensor in self.own_tensors().items():
+            tensor.copy_(own[name])
+        checkpoint.restore_generators(own, self.runtime.device)
+        self.runtime.load_scaler_state(found.state["scaler"])
         names = [field.name for field in dataclasses.fields(Position)]
         self.position = Position(**{name: found.state[name] for name in names})
         self.say(f"resumed at epoch {self.position.epoch + 1}, step {self.position.step}")
         return found.state["wandb_id"]
+
+    def _momentum(self) -> dict[str, Tensor]:
+        """The momentum that a run has from its first step on, in names and shapes."""
+        parameters = enumerate(self.step.network.parameters())
+        return {f"momentum/{n}": p for n, p in parameters} if self.config.momentum else {}
 
     def _find_checkpoint(self) -> Checkpoint | None:
         wanted, folder = self.config.resume, self.folder / "checkpoints"
@@ -294,15 +315,18 @@ class Training:
         found, skipped = checkpoint.load_newest(folder)
         for reason in skipped:
             self.say(f"skipped a checkpoint: {reason}")
+        if skipped and not found:
+            self.say("no checkpoint is valid: starting from the beginning")
         return found
 
     def save_weights(self) -> None:
         """Writes the final weights as `weights.safetensors`."""
         if self.runtime.is_main:
-            network = self.step.best_network()
-            weights = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+            weights = _on_cpu(self.step.best_network().state_dict())
             details = {"network": self.config.network, "dataset": self.dataset}
-            save_file(weights, self.folder / "weights.safetensors", metadata=details)
+            temporary = self.folder / ".weights.safetensors"
+            checkpoint.write_durably(temporary, safetensors.torch.save(weights, metadata=details))
+            temporary.replace(self.folder / "weights.safetensors")
 
     def say(self, message: str) -> None:
         """Prints a line, on the main process."""
@@ -311,19 +335,27 @@ class Training:
             sys.stdout.flush()
 
 
+@naming_lost_processes()
 def train(config: Config) -> dict[str, Any]:
     """Trains a network as configured and returns what `summary.json` holds.
 
     Raises:
         InputError: bad configuration or data, before anything is trained.
-        RunError: the loss is not finite, a process failed, or a request to stop was obeyed.
+        RunError: the loss is not finite, another process failed, or the disk is full.
+        Stopped: a request to stop was obeyed.
     """
-    training = Training(config)
+    with signals.leaving_at_once():
+        training = Training(config)
+    runtime = training.runtime
     try:
-        summary = training.run()
-        training.runtime.wait()
-    finally:
-        training.runtime.close()
+        with run_folder.reporting(training.folder, runtime.is_main), naming_lost_processes():
+            summary = training.run()
+    except (InputError, RunError, Stopped) as error:
+        if error.shared:  # a launcher ends the main process when the others leave before it
+            runtime.wait()
+        raise
+    runtime.wait()
+    runtime.close()
     return summary
 
 
@@ -333,15 +365,7 @@ def open_betons(config: Config, runtime: Runtime) -> tuple[Any, Path]:
     Raises:
         InputError: no data, data of another set, or data that fails its checksums.
     """
-    fault = ""
-    if runtime.is_main:
-        try:
-            folder = find_betons(config)
-        except InputError as error:
-            folder, fault = Path(), str(error)
-    folder, fault = runtime.broadcast((folder, fault) if runtime.is_main else None)
-    if fault:
-        raise InputError(fault, shared=True)
+    folder = runtime.on_main(lambda: find_betons(config))
     manifest = betons.check(folder)
     if config.dataset not in ("auto", manifest.dataset):
         raise InputError(
@@ -364,23 +388,16 @@ def find_betons(config: Config) -> Path:
     return out or root / manifest.dataset
 
 
-def choose_folder(config: Config, dataset: str, runtime: Runtime) -> Path:
-    """The run's folder, made on the main process: as configured, or a new one named for the run."""
-    if config.run_dir:
-        return Path(config.run_dir)
+def choose_folder(config: Config, dataset: str) -> Path:
+    """The run's folder, made and locked: as configured, or a new one named for the run."""
     name = f"{config.recipe}-{dataset}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path("runs") / name
-    number = 1
-    while runtime.is_main:
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            number += 1
-            folder = Path("runs") / f"{name}-{number}"
-        except OSError as error:
-            raise InputError(f"{folder}: {error.strerror}: choose a --run_dir") from error
-    return runtime.broadcast(folder)
+    folder = Path(config.run_dir or run_folder.make_new(Path("runs") / name))
+    run_folder.lock(folder)
+    return folder
+
+
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def describe(record: dict[str, Any], epochs: int) -> str:

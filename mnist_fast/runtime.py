@@ -4,7 +4,8 @@ import contextlib
 import datetime
 import os
 import random
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from mnist_fast.augment import derive_key
 from mnist_fast.config import Config
-from mnist_fast.errors import InputError
+from mnist_fast.errors import InputError, RunError
+
+T = TypeVar("T")
 
 
 class Runtime:
@@ -31,16 +34,17 @@ class Runtime:
     def __init__(self, config: Config):
         self.precision = resolve_precision(config.precision)
         timeout = datetime.timedelta(seconds=config.process_timeout)
-        self.accelerator = Accelerator(
-            mixed_precision=self.precision,
-            cpu=not torch.cuda.is_available(),
-            log_with="wandb",
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timeout),
-                # running statistics are averaged before they are used, not broadcast in every step
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-            ],
-        )
+        with naming_lost_processes():
+            self.accelerator = Accelerator(
+                mixed_precision=self.precision,
+                cpu=not torch.cuda.is_available(),
+                log_with="wandb",
+                kwargs_handlers=[
+                    InitProcessGroupKwargs(timeout=timeout),
+                    # running statistics are averaged before use, not broadcast in every step
+                    DistributedDataParallelKwargs(broadcast_buffers=False),
+                ],
+            )
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
@@ -109,6 +113,23 @@ class Runtime:
             dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Runs an action on the main process alone; its result on every process.
+
+        Raises:
+            InputError: on every process, where the action raised it.
+        """
+        result, fault = None, ""
+        if self.is_main:
+            try:
+                result = action()
+            except InputError as error:
+                fault = str(error)
+        result, fault = self.broadcast((result, fault))
+        if fault:
+            raise InputError(fault, shared=True)
+        return result
+
     def gather(self, value: Any) -> list[Any]:
         """Every process's value (any that pickles), on every process, by rank."""
         values = [value] * self.world_size
@@ -151,12 +172,42 @@ class Runtime:
         """Hands values to the tracker."""
         self.accelerator.log(values)
 
+    def scaler_state(self) -> dict[str, Any]:
+        """The state of fp16's loss scaling; empty in other precisions."""
+        scaler = self.accelerator.scaler
+        return scaler.state_dict() if scaler is not None else {}
+
+    def load_scaler_state(self, state: dict[str, Any]) -> None:
+        """Sets what `scaler_state` returned."""
+        if state:
+            self.accelerator.scaler.load_state_dict(state)
+
     def close(self) -> None:
-        """Leaves the process group."""
+        """Leaves the process group, together with the others."""
         if self._pending_stop is not None:
             self._finish_stop()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Turns the many lines of torch and gloo about processes that do not answer into one.
+
+    Raises:
+        RunError: another process ended or did not answer in time, or the port is taken.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # gloo's errors have no class of their own
+        text = str(error)
+        if not isinstance(error, dist.DistError) and "gloo" not in text:
+            raise
+        if "EADDRINUSE" in text:
+            port = os.environ.get("MASTER_PORT")
+            raise RunError(f"port {port} is in use: choose another for the launcher") from error
+        reason = text.strip().splitlines()[0]
+        raise RunError(f"another process was lost or does not answer: {reason}") from error
 
 
 def resolve_precision(wanted: str) -> str:

@@ -1,0 +1,125 @@
+"""The run's own folder: one run at a time in it, and a file that tells how the run stands."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from mnist_fast.errors import InputError, RunError, Stopped
+
+LOCK, STATUS = ".lock", "status.json"
+_descriptors: dict[Path, int] = {}  # of the locks that this process holds
+
+
+def make_new(wanted: Path) -> Path:
+    """Makes a folder of the wanted name, with a number behind it where that exists.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    folder, number = wanted, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        except OSError as error:
+            raise InputError(f"{folder}: {error.strerror}: choose a --run_dir") from error
+
+
+def lock(folder: Path) -> None:
+    """Makes a folder and reserves it for this process, until `unlock` or the process's end.
+
+    A POSIX record lock: the kernel (or the file server) drops it when the process dies, however
+    that happens, and children that outlive the process do not keep it.
+
+    Raises:
+        InputError: another process has it, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}: choose another --run_dir") from error
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise InputError(
+                f"another process trains in {folder}: wait for it, or choose another --run_dir"
+            ) from error
+        raise InputError(
+            f"{folder}: its file system cannot lock files ({error.strerror}): "
+            "choose a --run_dir on another"
+        ) from error
+    _descriptors[folder] = descriptor
+
+
+def unlock(folder: Path) -> None:
+    """Gives a folder free for others."""
+    if folder in _descriptors:
+        os.close(_descriptors.pop(folder))
+
+
+@contextlib.contextmanager
+def reporting(folder: Path, active: bool) -> Iterator[None]:
+    """Keeps `status.json` while a run goes on in a locked folder, and unlocks it at the end.
+
+    Args:
+        folder: the run's.
+        active: false on all processes but the main one: there it only names faults of the disk.
+
+    Raises:
+        RunError: a file could not be written.
+    """
+    status, message = "failed", ""
+    try:
+        if active:
+            write_status(folder, "running")
+        yield
+        status = "finished"
+    except Stopped as stopped:
+        status, message = "stopped", str(stopped)
+        raise
+    except OSError as error:
+        message = f"{error.filename or folder}: {error.strerror or error}"
+        raise RunError(message) from error
+    except BaseException as error:
+        message = str(error) or type(error).__name__
+        raise
+    finally:
+        if active:
+            write_status(folder, status, message)
+            unlock(folder)
+
+
+def write_status(folder: Path, status: str, message: str = "") -> None:
+    """Replaces `status.json`; a disk that cannot take it does not change how the run ends.
+
+    Args:
+        folder: the run's.
+        status: running, stopped (a checkpoint lies there, the run can go on), finished or failed.
+        message: the line that the run ended with.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    content = {
+        "status": status,
+        "message": message,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        # tells a batch script whether this is about its own start or an earlier one
+        "job": job and f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}",
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    temporary = folder / f".{STATUS}"
+    with contextlib.suppress(OSError):
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(folder / STATUS)
