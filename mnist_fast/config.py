@@ -77,6 +77,9 @@ class Config:
     feed: Literal["auto", "resident", "stream"] = option(
         "auto", "images held on the device, or streamed by FFCV; auto is resident where they fit"
     )
+    threads: int = option(
+        0, "CPU threads per process; 0 shares this machine's CPUs among its processes"
+    )
     process_timeout: int = option(300, "seconds after which a process that waits for others fails")
     data_dir: str | None = option(None, "folder of the betons (default: data/betons/DATASET)")
     run_dir: str | None = option(None, "folder of this run (default: a new one, runs/NAME)")
@@ -138,6 +141,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "brightness": (0, 1),
     "contrast": (0, 1),
     "plain_epochs": (0, 100_000),
+    "threads": (0, 4_096),
     "process_timeout": (1, 86_400),
     "checkpoint_every": (0, 100_000),
 }

@@ -46,6 +46,7 @@ class Runtime:
                 ],
             )
         self.device: torch.device = self.accelerator.device
+        set_threads(config.threads)
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
@@ -208,6 +209,20 @@ def naming_lost_processes() -> Iterator[None]:
             raise RunError(f"port {port} is in use: choose another for the launcher") from error
         reason = text.strip().splitlines()[0]
         raise RunError(f"another process was lost or does not answer: {reason}") from error
+
+
+def set_threads(wanted: int) -> None:
+    """Sets torch's threads: as wanted, else by OMP_NUM_THREADS, else a fair share of the CPUs.
+
+    `accelerate launch` and `torchrun` set OMP_NUM_THREADS to 1 where the user set nothing; a 1 from
+    them is therefore no wish.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if not wanted and asked.isdecimal() and not (launched and asked == "1"):
+        return
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(wanted or max(1, share))
 
 
 def resolve_precision(wanted: str) -> str:
