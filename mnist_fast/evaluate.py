@@ -1,6 +1,9 @@
 """Exact loss and accuracy over all processes: every image counts once."""
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +11,13 @@ from torch import Tensor
 
 from mnist_fast.augment import normalise, scale_pixels
 from mnist_fast.errors import RunError
-from mnist_fast.model import Network
-from mnist_fast.runtime import Runtime
+from mnist_fast.model import CLASSES, Network
+
+if TYPE_CHECKING:  # it loads accelerate, which predicting a single image does not need
+    from mnist_fast.runtime import Runtime
 
 BATCH = 1_000  # images per forward pass
+MOST_MISREAD = 100  # images that `inspect` hands back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,3 +66,55 @@ def evaluate(
     if count != expected:
         raise RunError(f"evaluated {count:.0f} images instead of {expected}")
     return Evaluation(loss / count, 100 * hits / count, int(count))
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a network makes of every evaluation image.
+
+    Attributes:
+        labels, predictions: int64 (n,), in the order of the data set.
+        misread: int64 (k,), positions of the images read wrongly with the highest probability, the
+            highest first; at most 100 of them.
+        images: uint8 (k, 28, 28), these images.
+        probabilities: float32 (k,), of the wrong predictions.
+    """
+
+    labels: Tensor
+    predictions: Tensor
+    misread: Tensor
+    images: Tensor
+    probabilities: Tensor
+
+    @property
+    def errors(self) -> int:
+        """Number of images read wrongly, also those whose images are not kept."""
+        return int((self.labels != self.predictions).sum())
+
+    def confusion(self) -> Tensor:
+        """Number of images by label (rows) and prediction (columns), int64 (10, 10)."""
+        cells = self.labels * CLASSES + self.predictions
+        return torch.bincount(cells, minlength=CLASSES**2).reshape(CLASSES, CLASSES)
+
+
+def inspect(network: Network, images: Tensor, labels: Tensor, runtime: Runtime) -> Outcome:
+    """Looks at every evaluation image, on every process; arguments as for `evaluate`."""
+    probabilities, predictions = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    if len(labels):
+        probabilities, predictions = predict(network, images).exp().max(1)
+        probabilities, predictions = probabilities.cpu(), predictions.cpu()
+    wrong = (predictions != labels.cpu()).nonzero()[:, 0]
+    wrong = wrong[probabilities[wrong].argsort(descending=True)][:MOST_MISREAD]
+    pixels = images[wrong.to(images.device), 0].cpu()
+    parts = runtime.gather((labels.cpu(), predictions, wrong, pixels, probabilities[wrong]))
+    all_labels, all_predictions, positions, all_pixels, surest = zip(*parts, strict=True)
+    first = torch.tensor([0, *map(len, all_labels)]).cumsum(0)  # shares are contiguous, by rank
+    misread = torch.cat([part + start for part, start in zip(positions, first, strict=False)])
+    order = torch.cat(surest).argsort(descending=True)[:MOST_MISREAD]
+    return Outcome(
+        torch.cat(all_labels),
+        torch.cat(all_predictions),
+        misread[order],
+        torch.cat(all_pixels)[order],
+        torch.cat(surest)[order],
+    )

@@ -14,16 +14,16 @@ import psutil
 import safetensors.torch
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data_prep import betons
-from mnist_fast import checkpoint, run_folder, signals
+from mnist_fast import checkpoint, progress, run_folder, signals
+from mnist_fast.augment import MEAN, SD, augment, derive_key
 from mnist_fast.checkpoint import Checkpoint
 from mnist_fast.config import Config
 from mnist_fast.data import ResidentFeed, Sharding, StreamFeed, read_all, share
 from mnist_fast.errors import InputError, RunError, Stopped
-from mnist_fast.evaluate import Evaluation, evaluate
-from mnist_fast.model import build_network, count_parameters
+from mnist_fast.evaluate import Evaluation, evaluate, inspect
+from mnist_fast.model import build_network, count_parameters, layer_table
 from mnist_fast.runtime import Runtime, device_name, naming_lost_processes
 from mnist_fast.schedule import learning_rate
 from mnist_fast.step import TrainingStep
@@ -108,11 +108,12 @@ class Training:
             with signals.leaving_at_once():
                 self.tracker.start(self.facts(), self.position.records, wandb_id)
                 self.step.warm_up()
+            if self.runtime.is_main and not self.position.records:
+                layers = list(layer_table(build_network(self.config.network)))
+                self.tracker.log_inputs(self.samples(), layers, self.betons / "manifest.json")
             while self.position.epoch < self.config.epochs:
                 self.run_epoch()
-            summary = self.summarise()
-            self.save_weights()
-            self.tracker.finish(summary)
+            summary = self.conclude()
         finally:
             self.tracker.close(exit_code=1)
         return summary
@@ -126,7 +127,7 @@ class Training:
             self.runtime.average_buffers(self.step.averaged)
         images, labels, count = self.evaluation_set
         test = evaluate(self.step.best_network(), images, labels, self.runtime, count)
-        record = self.make_record(train, test)
+        record = self.make_record(train, test) | {"gradient_norm": self.step.gradient_norm()}
         position.records.append(record)
         position.epoch, position.step, position.epoch_seconds = position.epoch + 1, 0, 0.0
         self.step.reset_totals()
@@ -155,18 +156,46 @@ class Training:
         loss, hits, count = self.runtime.sum(self.step.totals).tolist()
         position.epoch_seconds += time.perf_counter() - started
         if not math.isfinite(loss):
-            raise RunError(
-                f"the loss is {loss} in epoch {position.epoch + 1}: lower --learning_rate",
-                shared=True,
-            )
+            fault = f"the loss is {loss} in epoch {position.epoch + 1}: lower --learning_rate"
+            self.tracker.alert("Loss is not finite", f"{self.folder.name}: {fault}", failed=True)
+            raise RunError(fault, shared=True)
         return Evaluation(loss / count, 100 * hits / count, int(count))
 
     def progress(self, batches: Any, steps: int) -> Any:
-        """A bar on the main process's terminal."""
-        hidden = not (self.runtime.is_main and sys.stderr.isatty())
-        label = f"epoch {self.position.epoch + 1}/{self.config.epochs}"
-        start = self.position.step
-        return tqdm(batches, label, steps, initial=start, leave=False, disable=hidden, unit="step")
+        """The batches, with a bar on the main process's terminal."""
+        if not (self.runtime.is_main and sys.stderr.isatty()):
+            return batches
+        position, epochs = self.position, self.config.epochs
+        label = f"epoch {position.epoch + 1}/{epochs}"
+        later_steps = (epochs - position.epoch - 1) * steps
+        rest = range(position.step, steps)
+        return progress.show(batches, label, rest, later_steps, self.step.totals.tolist)
+
+    @torch.inference_mode()
+    def samples(self) -> Tensor:
+        """The first training images of the run before and after augmentation.
+
+        Returns:
+            uint8 (2, n, 28, 28), n at most 32, on the CPU.
+        """
+        batch = next(iter(self.feed.epoch(0)))
+        before = batch.gather()[0][:32]
+        positions = torch.arange(batch.position, batch.position + len(before), device=before.device)
+        key = torch.tensor(derive_key(self.config.seed, 0, "augment"), device=before.device)
+        after = augment(self.config, before, positions, key) * SD + MEAN
+        pixels = (after * 255).round().clamp(0, 255).to(torch.uint8)
+        return torch.stack([before, pixels])[:, :, 0].cpu()
+
+    def conclude(self) -> dict[str, Any]:
+        """Keeps the weights and what they make of the evaluation images; returns the summary."""
+        summary = self.summarise()
+        self.save_weights()
+        images, labels, _ = self.evaluation_set
+        outcome = inspect(self.step.best_network(), images, labels, self.runtime)
+        self.tracker.log_outcome(outcome)
+        self.tracker.log_weights(self.folder / "weights.safetensors", summary)
+        self.tracker.finish(summary)
+        return summary
 
     def measure_startup(self) -> float:
         """Seconds from the start of this process to the end of its first step."""
@@ -245,7 +274,8 @@ class Training:
                 "scaler": self.runtime.scaler_state(),
                 "wandb_id": self.tracker.wandb_id,
             }
-            checkpoint.save(self.folder / "checkpoints", Checkpoint(tensors, state))
+            path = checkpoint.save(self.folder / "checkpoints", Checkpoint(tensors, state))
+            self.tracker.log_checkpoint(path, self.position.epoch)
 
     def tensors(self) -> dict[str, Tensor]:
         """A checkpoint's tensors: those that all processes share, and each one's own."""
@@ -331,8 +361,7 @@ class Training:
     def say(self, message: str) -> None:
         """Prints a line, on the main process."""
         if self.runtime.is_main:
-            tqdm.write(message)
-            sys.stdout.flush()
+            print(message, flush=True)
 
 
 @naming_lost_processes()

@@ -5,16 +5,25 @@ import json
 import os
 import secrets
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mnist_fast.config import Config, dump
+from mnist_fast.evaluate import Outcome
+from mnist_fast.model import Layer
 from mnist_fast.runtime import Runtime
 
 PROJECT = "mnist_fast"
-INIT_TIMEOUT = 30  # seconds that an unreachable W&B server may cost at the start
+INIT_TIMEOUT = 20.0  # seconds that an unreachable W&B server may cost at the start
 FINISH_TIMEOUT = 60.0  # and at the end
 TARGET_ACCURACY = 99.4  # percent
+MODES = ("online", "offline", "disabled")
+DIGITS = list("0123456789")
+SLURM = (
+    *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"),
+    *("SLURM_NNODES", "SLURM_NTASKS", "SLURM_RESTART_COUNT", "SLURM_JOB_NODELIST"),
+)
 
 
 class Tracker:
@@ -27,8 +36,11 @@ class Tracker:
     def __init__(self, config: Config, runtime: Runtime, folder: Path):
         self.config, self.runtime, self.folder = config, runtime, folder
         self.active = runtime.is_main
+        self.held_out = "validation" if config.validation_split else "test"
         self.wandb_id: str | None = None
-        self._wandb: Any = None
+        self._passed = False
+        self._wandb: Any = None  # the module, while a run is open
+        self._run: Any = None
 
     def start(
         self, facts: dict[str, Any], records: list[dict[str, Any]], wandb_id: str | None
@@ -45,7 +57,37 @@ class Tracker:
         self.folder.mkdir(parents=True, exist_ok=True)
         dump(self.config, self.folder / "config.yaml")
         write_atomically(self.folder / "metrics.jsonl", "".join(map(_line, records)))
+        self._passed = any(map(self._passes, records))
         self._start_wandb(facts, wandb_id)
+
+    def log_inputs(self, samples: Any, layers: Sequence[Layer], manifest: Path) -> None:
+        """Shows on W&B what goes into the run.
+
+        Args:
+            samples: uint8 (2, n, 28, 28), training images before and after augmentation.
+            layers: rows of the layer table.
+            manifest: the betons' `manifest.json`.
+        """
+
+        def act() -> None:
+            image = self._wandb.Image(
+                tile(samples[1]), caption="the first training images as the network sees them"
+            )
+            columns = ["#", "layer", "kernel", "stride", "padding", "output"]
+            columns += ["receptive field", "jump", "parameters"]
+            table = self._wandb.Table(
+                columns=columns,
+                data=[[number, *_cells(layer)] for number, layer in enumerate(layers, start=1)],
+            )
+            self._run.log({"augmented_batch": image, "layers": table})
+            data = json.loads(manifest.read_text(encoding="utf-8"))
+            name, about = (
+                f"{data['dataset']}-betons",
+                {"train": data["train"], "test": data["test"]},
+            )
+            self._artifact(name, "dataset", [manifest], about, used=True)
+
+        self._guard(act)
 
     def log_epoch(self, record: dict[str, Any]) -> None:
         """Appends one epoch's record to `metrics.jsonl` and sends its numbers to W&B."""
@@ -53,30 +95,86 @@ class Tracker:
             return
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(_line(record))
-        numbers = {key: value for key, value in record.items() if not isinstance(value, str)}
+        numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
         self._guard(lambda: self.runtime.log(numbers))
+        if self._passes(record) and not self._passed:
+            self._passed = True
+            accuracy = record[f"{self.held_out}_accuracy"]
+            self.alert(
+                f"{self.held_out} accuracy above {TARGET_ACCURACY} %",
+                f"{self.folder.name}: {accuracy:.2f} % in epoch {record['epoch']}",
+            )
+
+    def log_checkpoint(self, path: Path, epoch: int) -> None:
+        """Keeps a checkpoint, written after `epoch` epochs, as a version of an artifact on W&B."""
+        files = sorted(path.iterdir()) if self._run is not None else []
+        name = f"checkpoint-{self.wandb_id}"
+        self._guard(lambda: self._artifact(name, "checkpoint", files, {"epoch": epoch}))
+
+    def log_outcome(self, outcome: Outcome) -> None:
+        """Sends the confusion matrix and a table of the surest of the misread digits to W&B."""
+
+        def act() -> None:
+            wandb = self._wandb
+            matrix = wandb.plot.confusion_matrix(
+                y_true=outcome.labels.tolist(),
+                preds=outcome.predictions.tolist(),
+                class_names=DIGITS,
+                title=f"{self.held_out} images by label and prediction",
+            )
+            table = wandb.Table(columns=["position", "image", "label", "prediction", "probability"])
+            columns = (outcome.misread, outcome.probabilities)
+            values = zip(outcome.images, *(column.tolist() for column in columns), strict=True)
+            for image, position, probability in values:
+                label, guess = outcome.labels[position], outcome.predictions[position]
+                row = (int(label), int(guess), probability)
+                table.add_data(position, wandb.Image(image.numpy()), *row)
+            self._run.log({"confusion_matrix": matrix, "misread": table})
+
+        self._guard(act)
+
+    def log_weights(self, weights: Path, summary: dict[str, Any]) -> None:
+        """Keeps the final weights as an artifact on W&B, described by the run's summary."""
+        keys = ("dataset", "parameters", f"{self.held_out}_accuracy", "git_commit", "data_sha256")
+        about = {key: summary[key] for key in keys}
+        files = [weights, self.folder / "config.yaml"]
+        self._guard(lambda: self._artifact(f"model-{self.wandb_id}", "model", files, about))
+
+    def alert(self, title: str, text: str, failed: bool = False) -> None:
+        """Sends an alert through W&B, to wherever its user set alerts to go."""
+
+        def act() -> None:
+            levels = self._wandb.AlertLevel
+            self._run.alert(title, text, level=levels.ERROR if failed else levels.INFO)
+
+        self._guard(act)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes `summary.json` and ends the W&B run, waiting for it a limited time."""
         if not self.active:
             return
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        self._guard(lambda: self._wandb.summary.update(summary))
+        self._guard(lambda: self._run.summary.update(summary))
         self.close(exit_code=0)
 
     def close(self, exit_code: int) -> None:
         """Ends the W&B run; gives up on a server that does not answer."""
-        if self._wandb is None:
+        if self._run is None:
             return
-        run, self._wandb = self._wandb, None
+        run, self._run = self._run, None
         thread = threading.Thread(target=_finish_quietly, args=(run, exit_code), daemon=True)
         thread.start()
         thread.join(FINISH_TIMEOUT)
         if thread.is_alive():
             self._say("W&B does not answer; its files are kept, upload them with `wandb sync`")
 
+    def _passes(self, record: dict[str, Any]) -> bool:
+        return record[f"{self.held_out}_accuracy"] >= TARGET_ACCURACY
+
+    # W&B
+
     def _start_wandb(self, facts: dict[str, Any], wandb_id: str | None) -> None:
-        mode = self.config.wandb
+        mode = self._choose_mode()
         if mode == "disabled":
             return
         try:
@@ -86,49 +184,125 @@ class Tracker:
             return
         if mode == "auto":
             mode = "online" if _has_key(wandb) else "offline"
-        self.wandb_id = wandb_id or secrets.token_hex(4)
+        # a sweep's agent has chosen an id already
+        self.wandb_id = wandb_id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
         for attempt in ("online", "offline") if mode == "online" else ("offline",):
             try:
-                self._wandb = self._init(wandb, attempt, facts)
+                self._run = self._init(wandb, attempt, facts)
                 break
             except Exception as error:  # whatever W&B raises, training goes on
                 self._say(f"W&B {attempt} failed: {_first_line(error)}")
-        if self._wandb is None:
+        if self._run is None:
             self._say(f"training goes on without W&B; metrics are in {self.folder}")
-        elif attempt == "offline":
-            self._say(f"W&B is offline; upload later: wandb sync {Path(self._wandb.dir).parent}")
+            return
+        self._wandb = wandb
+        if attempt == "offline":
+            self._say(f"W&B is offline; upload later: wandb sync {Path(self._run.dir).parent}")
+        else:
+            self._say(f"W&B shows this run at {self._run.url}")
+
+    def _choose_mode(self) -> str:
+        """The mode by option, else by WANDB_MODE, else auto."""
+        wanted = os.environ.get("WANDB_MODE", "").strip().lower()
+        if self.config.wandb != "auto" or not wanted:
+            return self.config.wandb
+        if wanted not in MODES:
+            self._say(f"WANDB_MODE={wanted} is not one of {', '.join(MODES)} and is left out")
+            return "auto"
+        return wanted
 
     def _init(self, wandb: Any, mode: str, facts: dict[str, Any]) -> Any:
-        settings = {
-            "name": self.folder.name,
+        settings = self._identity() | {
             "dir": str(self.folder),
             "mode": mode,
             "id": self.wandb_id,
             "resume": "allow",
-            "config": self.config.as_dict() | facts,
+            "config": self.config.as_dict() | facts | {"slurm": slurm_facts()},
             "settings": wandb.Settings(init_timeout=INIT_TIMEOUT, silent=True, console="off"),
         }
-        project = os.environ.get("WANDB_PROJECT", PROJECT)
+        project = self.config.wandb_project or os.environ.get("WANDB_PROJECT") or PROJECT
         run = self.runtime.start_tracker(project, settings)
         run.define_metric("epoch")
+        run.define_metric("global_step")
         run.define_metric("*", step_metric="epoch")
-        for name, summary in {"accuracy": "max", "loss": "min"}.items():
-            run.define_metric(f"test_{name}", step_metric="epoch", summary=summary)
-            run.define_metric(f"train_{name}", step_metric="epoch", summary=summary)
+        for name in ("learning_rate", "gradient_norm"):
+            run.define_metric(name, step_metric="global_step")
+        for name, summary in SUMMARIES.items():
+            run.define_metric(name, step_metric="epoch", summary=summary)
         return run
 
-    def _guard(self, action: Any) -> None:
+    def _identity(self) -> dict[str, Any]:
+        """What the run is called; what is not given W&B takes from the environment by itself."""
+        config = self.config
+        tags = [tag.strip() for tag in (config.wandb_tags or "").split(",")]
+        given = {
+            "name": config.wandb_name or os.environ.get("WANDB_NAME") or self.folder.name,
+            "job_type": config.wandb_job_type or os.environ.get("WANDB_JOB_TYPE") or "train",
+            "entity": config.wandb_entity,
+            "group": config.wandb_group,
+            "tags": [tag for tag in tags if tag],
+            "notes": config.wandb_notes,
+        }
+        return {key: value for key, value in given.items() if value}
+
+    def _artifact(
+        self, name: str, kind: str, files: list[Path], about: dict[str, Any], used: bool = False
+    ) -> None:
+        """Logs files as an artifact: as this run's output, or as its input (`used`).
+
+        Inputs are outputs offline, where W&B cannot ask the server for their earlier versions.
+        """
+        artifact = self._wandb.Artifact(name, type=kind, metadata=about)
+        with _data_folder(self.folder / "wandb"):
+            for file in files:
+                artifact.add_file(str(file))
+            if used and not self._run.offline:
+                self._run.use_artifact(artifact)
+            else:
+                self._run.log_artifact(artifact)
+
+    def _guard(self, action: Callable[[], None]) -> None:
         """Calls W&B; a failure is said and ends W&B's part, never the training."""
-        if self._wandb is None:
+        if self._run is None:
             return
         try:
             action()
         except Exception as error:
             self._say(f"W&B failed and is left out from here on: {_first_line(error)}")
-            self._wandb = None
+            self.close(exit_code=1)
 
     def _say(self, message: str) -> None:
         print(f"tracking: {message}", flush=True)
+
+
+# Validation metrics keep plain numbers in W&B's summary: a sweep reads them there.
+SUMMARIES = {
+    "train_accuracy": "max",
+    "test_accuracy": "max",
+    "train_loss": "min",
+    "test_loss": "min",
+    "gradient_norm": "min,max",
+    "epoch_seconds": "min,max",
+    "images_per_second": "min,max",
+}
+
+
+def tile(images: Any, columns: int = 8) -> Any:
+    """Lays uint8 images (n, 28, 28) out in rows, one white pixel apart; unused places are white."""
+    import numpy as np
+
+    count, height, width = images.shape
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1), 255, np.uint8)
+    for index, image in enumerate(images):
+        top, left = index // columns * (height + 1), index % columns * (width + 1)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def slurm_facts() -> dict[str, str]:
+    """What SLURM says about the job, by variable in lower case; empty outside a job."""
+    return {name.lower(): os.environ[name] for name in SLURM if name in os.environ}
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -139,6 +313,24 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _data_folder(folder: Path) -> Any:
+    """Keeps W&B's copies of artifacts with the run (`wandb sync` needs them), not in the home."""
+    before = os.environ.get("WANDB_DATA_DIR")
+    os.environ["WANDB_DATA_DIR"] = before or str(folder.resolve())
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["WANDB_DATA_DIR"]
+
+
+def _cells(layer: Layer) -> list[Any]:
+    output = "x".join(map(str, layer.output_shape))
+    sides = [layer.name, layer.kernel, layer.stride, layer.padding, output]
+    return [*sides, layer.receptive_field, layer.jump, layer.parameters]
 
 
 def _line(record: dict[str, Any]) -> str:
