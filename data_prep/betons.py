@@ -31,7 +31,7 @@ from data_prep.manifest import (
 )
 from data_prep.sources import Source, find_mnist, load_source
 from data_prep.staging import Staging, staging
-from data_prep.watched import Report, WorkFailed, run_watched
+from data_prep.watched import Limits, Report, WorkFailed, run_watched
 from mnist_fast.errors import InputError
 
 __all__ = [
@@ -45,7 +45,7 @@ __all__ = [
     "verify",
 ]
 
-SILENCE_SECONDS = 60.0  # no progress for so long: the child hangs; importing FFCV takes 5 to 10
+LIMITS = Limits(first=180.0, then=30.0)  # to import FFCV (5 to 10 s mostly), for 1,000 samples
 
 _PAGE_BYTES = 1 << 21  # FFCV's smallest page: a small data set makes a small file
 _BATCH = 1000  # samples; only sets how often progress is reported
@@ -101,9 +101,7 @@ def verify(folder: Path, progress: bool = True) -> Manifest:
     samples = sum(split.samples for split in manifest.splits().values())
     try:
         with _bar("reading", samples, progress) as bar:
-            read = run_watched(
-                "data_prep.betons:read_betons", [str(folder)], SILENCE_SECONDS, bar.update
-            )
+            read = run_watched("data_prep.betons:read_betons", [str(folder)], LIMITS, bar.update)
     except WorkFailed as failure:
         raise InputError(f"{folder} cannot be read by FFCV: {failure}") from None
     for name, split in manifest.splits().items():
@@ -198,7 +196,7 @@ def _run_writer(source: Source, stage: Staging, out: Path, progress: bool) -> di
             return run_watched(
                 "data_prep.betons:write_and_read_back",
                 [str(stage.folder)],
-                SILENCE_SECONDS,
+                LIMITS,
                 bar.update,
                 held_files=[stage.lock],
             )
@@ -275,6 +273,9 @@ class Samples:
 
 def write_and_read_back(report: Report, folder: str) -> dict[str, Any]:
     """Writes both betons in `folder` and compares all samples; returns each split's statistics."""
+    import ffcv  # noqa: F401  # takes most of the time
+
+    report(0)
     samples = {}
     for path in _beton_paths(folder):
         images = np.fromfile(path.with_suffix(".images"), np.uint8).reshape(-1, *IMAGE_SHAPE)
@@ -287,6 +288,9 @@ def write_and_read_back(report: Report, folder: str) -> dict[str, Any]:
 
 def read_betons(report: Report, folder: str) -> dict[str, Any]:
     """Reads every sample of both betons in `folder`; returns each split's statistics."""
+    import ffcv  # noqa: F401  # takes most of the time
+
+    report(0)
     return {path.stem: _read_back(report, path) for path in _beton_paths(folder)}
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.staging import staging
-from data_prep.watched import Report, WorkFailed, run_watched
+from data_prep.watched import Limits, Report, WorkFailed, run_watched
 from mnist_fast.errors import InputError
 
 DATASETS = ("mnist", "digits", "auto")
@@ -37,7 +37,7 @@ FILES = tuple(PUBLISHED)
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
 
 CONNECT_SECONDS = 10.0  # to reach a mirror at all
-STALL_SECONDS = 45.0  # without a byte while downloading; includes importing torchvision
+DOWNLOAD_LIMITS = Limits(first=90.0, then=30.0)  # until the first bytes, until more of them
 
 _MAX_SAMPLES = 1_000_000  # per file; keeps a compressed file from filling the memory
 _GZIP_RATIO = 1100  # no gzip stream expands further (deflate's limit is 1032)
@@ -261,12 +261,12 @@ def _bad(path: Path, fault: str) -> InputError:
 
 def _download_mnist(root: Path) -> Source:
     """Downloads into `root/MNIST/raw` with torchvision, or raises WorkFailed."""
-    run_watched("data_prep.sources:reach_mirror", [], CONNECT_SECONDS)
+    run_watched("data_prep.sources:reach_mirror", [], Limits(CONNECT_SECONDS, CONNECT_SECONDS))
     raw = root / "MNIST" / "raw"
     with staging(root) as stage:
         if _missing(raw):  # else another process has downloaded them in the meantime
             print("data_prep: downloading MNIST into data/", file=sys.stderr, flush=True)
-            run_watched("data_prep.sources:download", [str(stage.folder)], STALL_SECONDS)
+            run_watched("data_prep.sources:download", [str(stage.folder)], DOWNLOAD_LIMITS)
             downloaded = stage.folder / "MNIST" / "raw"
             load_mnist(downloaded, "")  # raises if anything is wrong with them
             raw.mkdir(parents=True, exist_ok=True)

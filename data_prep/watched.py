@@ -17,11 +17,18 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 
 Report = Callable[[int], object]
 
 _END_SECONDS = 3.0  # what a process group gets to end after SIGTERM, before SIGKILL
+
+
+class Limits(NamedTuple):
+    """How long a child may be silent, in seconds, before it counts as hung."""
+
+    first: float  # until its first report: it may have to import torch from a slow disk
+    then: float  # until the next one
 
 
 class WorkFailed(Exception):
@@ -31,7 +38,7 @@ class WorkFailed(Exception):
 def run_watched(
     target: str,
     arguments: Sequence[str],
-    silence_limit: float,
+    limits: Limits,
     on_report: Report = lambda amount: None,
     held_files: Sequence[int] = (),
 ) -> Any:
@@ -40,7 +47,7 @@ def run_watched(
     Args:
         target: the function as `module:name`; its result has to be plain data.
         arguments: strings handed to it behind `report`, a function that takes an amount of work.
-        silence_limit: seconds without a report after which the work counts as hung.
+        limits: how long the child may be silent.
         on_report: called here with every amount that the child reports.
         held_files: file descriptors the child keeps open as long as it lives.
 
@@ -63,7 +70,7 @@ def run_watched(
         assert process.stderr is not None
         with process.stderr as stderr, _Tail(stderr) as tail:
             try:
-                result = _follow(process, reports, silence_limit, on_report)
+                result = _follow(process, reports, limits, on_report)
             except WorkFailed as failure:
                 _end_group(process)
                 reason = tail.last_error()
@@ -84,10 +91,11 @@ def _child_environment() -> dict[str, str]:
 
 
 def _follow(
-    process: subprocess.Popen[bytes], reports: Connection, silence_limit: float, on_report: Report
+    process: subprocess.Popen[bytes], reports: Connection, limits: Limits, on_report: Report
 ) -> Any:
     """Receives reports until the result, a failure, the child's death, or too long a silence."""
-    deadline = time.monotonic() + silence_limit
+    limit = limits.first
+    deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         ended = process.poll() is not None  # asked first: what it sent before it ended is there
         if wait([reports], timeout=0.0 if ended else 0.2):
@@ -100,11 +108,12 @@ def _follow(
             if kind == "failure":
                 raise WorkFailed(value)
             on_report(value)
-            deadline = time.monotonic() + silence_limit
+            limit = limits.then
+            deadline = time.monotonic() + limit
         elif ended:
             break
     else:
-        raise WorkFailed(f"no progress for {silence_limit:g} seconds")
+        raise WorkFailed(f"no progress for {limit:g} seconds")
     with suppress(subprocess.TimeoutExpired):
         process.wait(_END_SECONDS)
     raise WorkFailed(f"its process ended with status {process.returncode}")

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.watched import Report, WorkFailed, run_watched
+from data_prep.watched import Limits, Report, WorkFailed, run_watched
 
 pytestmark = pytest.mark.timeout(60)
 
 
 def run(name: str, *arguments: str, limit: float = 30.0, on_report: Report = print) -> object:
-    return run_watched(f"{__name__}:{name}", arguments, limit, on_report)
+    return run_watched(f"{__name__}:{name}", arguments, Limits(30.0, limit), on_report)
 
 
 # What the children do.
@@ -146,8 +146,8 @@ def test_exception_in_the_caller_ends_the_group(tmp_path: Path) -> None:
 def test_child_ends_with_a_killed_parent(tmp_path: Path) -> None:
     program = (
         f"import sys; sys.path[:0] = {sys.path!r}\n"
-        "from data_prep.watched import run_watched\n"
-        f"run_watched('{__name__}:hangs', [{str(tmp_path)!r}, 'asleep'], 600.0)"
+        "from data_prep.watched import Limits, run_watched\n"
+        f"run_watched('{__name__}:hangs', [{str(tmp_path)!r}, 'asleep'], Limits(600.0, 600.0))"
     )
     parent = subprocess.Popen([sys.executable, "-c", program])
     processes, _ = told(tmp_path)
