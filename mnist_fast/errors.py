@@ -1,8 +1,10 @@
 """The ways a run ends that are not success: bad input (exit 2) and everything else (exit 1)."""
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class _OneLineError(Exception):
@@ -35,6 +37,14 @@ class Stopped(BaseException):
     def __init__(self, message: str, shared: bool = False):
         super().__init__(message)
         self.shared = shared
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, as an `InputError`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuses the command line."""
+        raise InputError(f"{message} ({self.prog} --help lists the options)")
 
 
 def report_error(error: _OneLineError | Stopped, program: str) -> int:
