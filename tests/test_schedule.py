@@ -25,7 +25,9 @@ def rates_of(scheduler_type, steps, peak, **options):
 
 
 # torch divides by zero where warmup * steps is 1
-CYCLES = [(w, n) for w in (0, 0.1, 0.3, 0.5, 1) for n in (1, 2, 3, 5, 10, 33, 165) if w * n != 1]
+CYCLES = [
+    (w, n) for w in (0.0, 0.1, 0.3, 0.5, 1.0) for n in (1, 2, 3, 5, 10, 33, 165) if w * n != 1
+]
 
 
 @pytest.mark.parametrize(("warmup", "steps"), CYCLES)
@@ -35,7 +37,7 @@ def test_one_cycle_is_torchs(warmup, steps):
     assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-15)
 
 
-@pytest.mark.parametrize(("warmup", "steps"), [(0.5, 2), (0.1, 10), (1, 1)])
+@pytest.mark.parametrize(("warmup", "steps"), [(0.5, 2), (0.1, 10), (1.0, 1)])
 def test_one_cycle_needs_no_special_length(warmup, steps):
     rates = [one_cycle(step, steps, 0.1, warmup) for step in range(steps)]
     assert rates == sorted(rates, reverse=True)
