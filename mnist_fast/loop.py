@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data_prep import betons
-from mnist_fast import checkpoint, progress, run_folder, signals
+from mnist_fast import checkpoint, progress, report, run_folder, signals
 from mnist_fast.augment import MEAN, SD, augment, derive_key
 from mnist_fast.checkpoint import Checkpoint
 from mnist_fast.config import Config
@@ -188,13 +188,16 @@ class Training:
 
     def conclude(self) -> dict[str, Any]:
         """Keeps the weights and what they make of the evaluation images; returns the summary."""
-        summary = self.summarise()
+        summary, records = self.summarise(), self.position.records
         self.save_weights()
         images, labels, _ = self.evaluation_set
         outcome = inspect(self.step.best_network(), images, labels, self.runtime)
         self.tracker.log_outcome(outcome)
+        if self.runtime.is_main:
+            report.draw_run(self.folder, self.config, records, outcome, self.samples())
         self.tracker.log_weights(self.folder / "weights.safetensors", summary)
         self.tracker.finish(summary)
+        self.say(report.describe_run(self.folder, summary, records))
         return summary
 
     def measure_startup(self) -> float:
