@@ -1,0 +1,166 @@
+"""Seeds trained side by side do what each of them does alone."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from mnist_fast.config import Config
+from mnist_fast.errors import InputError, RunError
+from mnist_fast.evaluate import evaluate
+from mnist_fast.loop import Training
+from mnist_fast.many import SideBySide, WideNetwork, train_many, widen
+from mnist_fast.model import NETWORKS, build_network
+
+SEEDS = [3, 1, 2]
+FAST = Config(  # every part that a step has, in float32: a rest batch, EMA, a plain last epoch
+    dataset="digits",
+    validation_split=1181,  # leaves 256 images to train on
+    epochs=2,
+    batch_size=96,
+    learning_rate=0.01,
+    schedule="onecycle",
+    nesterov=True,
+    weight_decay=1e-3,
+    dropout=0.0,
+    label_smoothing=0.1,
+    affine_rotation=10,
+    shear=5,
+    translate=0.09,
+    scale_min=0.9,
+    scale_max=1.1,
+    brightness=0.2,
+    contrast=0.2,
+    resampling="bilinear",
+    plain_epochs=1,
+    precision="no",
+    step="eager",
+    feed="resident",
+    wandb="disabled",
+    checkpoint_every=0,
+)
+LOSS_TOLERANCE = 1e-3  # relative
+
+
+def train_alone(config):
+    """A single run's losses and accuracies by epoch, and its evaluated network's state."""
+    training = Training(config)
+    records = []
+    for _ in range(config.epochs):
+        train = training.train_epoch()
+        images, labels, count = training.evaluation_set
+        network = training.step.best_network()
+        held_out = evaluate(network, images, labels, training.runtime, count)
+        records.append((train, held_out))
+        training.position.epoch, training.position.step = training.position.epoch + 1, 0
+        training.step.reset_totals()
+    return records, network.state_dict()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ema_decay": 0.5, "network": "record", "drop_last": True, "plain_epochs": 0}],
+    ids=["notebook", "record-ema"],
+)
+def test_side_by_side_equals_single_runs(changes, small_betons, in_process, tmp_path):
+    """In float32 the two round differently, which every step amplifies: so few and small steps."""
+    config = dataclasses.replace(FAST, data_dir=str(small_betons), **changes)
+    summaries, together = train_many(config, SEEDS[:2])
+    losses = []
+    for index, (seed, summary) in enumerate(zip(SEEDS, summaries, strict=False)):
+        run_dir = str(tmp_path / str(seed))
+        records, state = train_alone(dataclasses.replace(config, seed=seed, run_dir=run_dir))
+        for mine, (train, held_out) in zip(summary["records"], records, strict=True):
+            assert mine["train_loss"] == pytest.approx(train.loss, rel=LOSS_TOLERANCE)
+            assert mine["validation_loss"] == pytest.approx(held_out.loss, rel=LOSS_TOLERANCE)
+            assert mine["train_accuracy"] == pytest.approx(train.accuracy, abs=1.5)
+            assert mine["validation_accuracy"] == pytest.approx(held_out.accuracy, abs=1.5)
+        for name, tensor in together.state_of(index).items():
+            torch.testing.assert_close(tensor, state[name], rtol=2e-3, atol=2e-3, msg=name)
+        losses.append(records[0][0].loss)
+    # the tolerance means something: another seed's losses lie far outside of it
+    assert abs(losses[0] / losses[1] - 1) > 5 * LOSS_TOLERANCE
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_wide_network_is_its_networks(name):
+    """In float64: outputs, batch statistics and gradients are each network's own."""
+    torch.manual_seed(0)
+    networks = [build_network(name).double() for _ in range(3)]
+    wide = WideNetwork(networks).double()
+    images = torch.randn(4, 3, 28, 28, dtype=torch.float64)
+    together = wide(images)
+    together.sum((0, 1))[0].backward()
+    for index, network in enumerate(networks):
+        alone = network(images[:, index : index + 1])
+        alone.sum(0)[0].backward()
+        torch.testing.assert_close(together[:, index], alone)
+        for key, tensor in wide.state_of(index).items():
+            torch.testing.assert_close(tensor, network.state_dict()[key], msg=key)
+        for mine, theirs in zip(wide.parameters(), network.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad.chunk(3)[index], theirs.grad)
+
+
+def test_a_layer_that_cannot_be_widened_is_refused():
+    with pytest.raises(TypeError, match="Linear cannot be widened"):
+        widen([nn.Linear(2, 2), nn.Linear(2, 2)])
+
+
+def test_dropout_masks_differ_between_networks():
+    torch.manual_seed(0)
+    network = build_network("notebook", dropout=0.5)
+    wide = WideNetwork([network, network])
+    images = torch.randn(4, 1, 28, 28).expand(-1, 2, -1, -1)
+    together = wide(images)
+    assert not torch.equal(together[:, 0], together[:, 1])
+
+
+def test_a_step_keeps_its_buffers(small_betons, runtime):
+    """What a CUDA graph relies on: nothing that a step reads or writes moves in memory."""
+    images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (64,))
+    config = dataclasses.replace(FAST, batch_size=16, ema_decay=0.5)
+    together = SideBySide(config, SEEDS, runtime, (images, labels))
+    together.train_epoch(0, together.orders(0))
+
+    def addresses():
+        momenta = [state["momentum_buffer"] for state in together.optimizer.state.values()]
+        own = [value for value in vars(together).values() if isinstance(value, torch.Tensor)]
+        networks = [*together.network.state_dict().values()]
+        rates = [group["lr"] for group in together.optimizer.param_groups]
+        tensors = momenta + own + networks + rates + [*together.averaged.state_dict().values()]
+        return [tensor.data_ptr() for tensor in tensors]
+
+    before = addresses()
+    together.train_epoch(1, together.orders(1))
+    assert addresses() == before
+
+
+def test_warm_up_leaves_no_trace(runtime):
+    images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (64,))
+    config = dataclasses.replace(FAST, batch_size=16)
+    states = []
+    for warm_ups in (0, 2):
+        together = SideBySide(config, SEEDS, runtime, (images, labels))
+        with together._nothing_happened():
+            for _ in range(warm_ups):
+                together._step()
+        together.train_epoch(0, together.orders(0))
+        states.append(together.network.state_dict())
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+def test_divergence_is_told(small_betons, in_process):
+    config = dataclasses.replace(
+        FAST, data_dir=str(small_betons), learning_rate=1e3, schedule="constant", weight_decay=1.0
+    )
+    with pytest.raises(RunError, match="nan in epoch 1 for every seed"):
+        train_many(dataclasses.replace(config, batch_size=8), [1])
+
+
+def test_half_precision_is_refused(small_betons, in_process):
+    config = dataclasses.replace(FAST, data_dir=str(small_betons), precision="fp16")
+    with pytest.raises(InputError, match="fp16"):
+        train_many(config, [1])
