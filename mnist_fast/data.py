@@ -1,7 +1,9 @@
 """FFCV betons to uint8 batches on the device, sharded over the processes without padding."""
 
+import contextlib
 import dataclasses
 import queue
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -195,8 +197,17 @@ def read_batches(loader: Any, rows: Sequence[int] | np.ndarray) -> Iterator[tupl
             # FFCV reuses its buffers: on the CPU nothing else keeps a batch from being overwritten
             yield (images.clone(), labels.clone()) if on_cpu else (images, labels)
     finally:
-        iterator.close()
-        iterator.join(timeout=LOADER_TIMEOUT)
+        _end(iterator)
+
+
+def _end(iterator: Any) -> None:
+    """Ends a loader's thread; it may be waiting for room in its queue to say that it is done."""
+    iterator.close()
+    deadline = time.monotonic() + LOADER_TIMEOUT
+    while iterator.is_alive() and time.monotonic() < deadline:
+        with contextlib.suppress(queue.Empty):
+            iterator.output_queue.get_nowait()
+        iterator.join(timeout=0.02)
 
 
 def _wait_for_batch(iterator: Any, name: str) -> None:
