@@ -262,7 +262,7 @@ def _is_record(record: Any, epoch: int) -> bool:
     return (
         all(_is_duration(record.get(key)) for key in measured)
         and all(isinstance(record.get(key), int | float) for key in numbers)
-        and all(isinstance(value, str | int | float) for value in record.values())
+        and all(isinstance(value, str | int | float | None) for value in record.values())
     )
 
 
@@ -291,6 +291,8 @@ def check_same_training(state: dict[str, Any], wanted: dict[str, Any]) -> None:
     if new["schedule"] != "onecycle" and not new["plain_epochs"] and state["epoch"] < new["epochs"]:
         old["epochs"] = new["epochs"]  # nothing before the end depends on it
     for key in sorted({*old, *new} - FREE):
+        if key.startswith("wandb_"):
+            continue
         if key not in old or key not in new or old[key] != new[key]:
             _refuse(key, old.get(key), new.get(key))
     for key in wanted:
