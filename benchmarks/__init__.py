@@ -1,0 +1,1 @@
+"""Measurements that anyone can repeat; each is a program of its own."""

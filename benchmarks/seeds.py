@@ -1,0 +1,499 @@
+"""Trains a recipe with many seeds and reports mean, spread and confidence interval.
+
+    python benchmarks/seeds.py --recipe fast --seeds 10
+    python benchmarks/seeds.py --recipe fast --seeds 3 --batch_size 64 --validation_split 5000
+
+Other options are handed on to train.py. Seeds that are finished are not trained again, and one
+that was cut short goes on from its checkpoint. On a CPU as many seeds are trained at a time as
+there are cores, each on one thread; on several GPUs one seed per GPU; on one GPU all of them side
+by side in one program (--side_by_side). Results: a table, benchmarks/results/seeds-NAME.json and
+a figure beside it.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from mnist_fast import signals  # noqa: E402
+from mnist_fast.config import Config, load  # noqa: E402
+from mnist_fast.errors import InputError, RunError, Stopped, run_main  # noqa: E402
+
+GRACE = 60.0  # seconds that a run has for its checkpoint when it is asked to stop
+# choices that do not change what is learned
+ASIDE = {"seed", "data_dir", "run_dir", "resume", "wandb", "process_timeout", "checkpoint_every"}
+
+
+@dataclasses.dataclass
+class Job:
+    """A program that trains some seeds, and the environment that gives it its share."""
+
+    seeds: list[int]
+    command: list[str]
+    log: Path
+    timeout: float
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+
+    def start(self) -> None:
+        """Starts the program in its own process group, its output in the log."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | self.environment
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,
+            )
+        self.started = time.monotonic()
+
+    def seconds(self) -> float:
+        """Wall clock time since the start."""
+        return time.monotonic() - self.started
+
+    def failure(self) -> str | None:
+        """None while it runs and after success, otherwise the end of its log."""
+        assert self.process is not None
+        if self.seconds() > self.timeout and self.process.poll() is None:
+            self.stop()
+            return f"seeds {self.seeds}: not finished after {self.timeout:.0f} s, see {self.log}"
+        if not self.process.poll():
+            return None
+        lines = self.log.read_text(errors="replace").splitlines()[-5:]
+        return f"seeds {self.seeds}: exit status {self.process.returncode}: {' / '.join(lines)}"
+
+    def stop(self) -> None:
+        """Asks for a checkpoint, and kills the whole group when none comes in time."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    slots: Sequence[dict[str, str]],
+    deadline: float,
+    watch: Callable[[Job], None] = lambda job: None,
+) -> list[str]:
+    """Runs jobs, one per slot at a time.
+
+    Args:
+        jobs: what to run, in order.
+        slots: the environment that each slot gives to its job.
+        deadline: `time.monotonic()` after which jobs are stopped and none is started.
+        watch: is called with each running job about twice a second; what it raises stops all.
+
+    Returns:
+        What failed, one line per job.
+
+    Raises:
+        Stopped: the deadline passed, or this process was asked to stop.
+    """
+    waiting, failures = list(jobs), []
+    free = list(slots)
+    running: dict[int, tuple[Job, dict[str, str]]] = {}
+    try:
+        while waiting or running:
+            while waiting and free:
+                job, slot = waiting.pop(0), free.pop(0)
+                job.environment = job.environment | slot
+                job.start()
+                running[id(job)] = (job, slot)
+            time.sleep(0.2)
+            if time.monotonic() > deadline or signals.requested() is not None:
+                raise Stopped("stopped by request or time limit; the same command goes on")
+            for job, slot in list(running.values()):
+                watch(job)
+                fault = job.failure()
+                if fault:
+                    failures.append(fault)
+                if fault or (job.process and job.process.poll() is not None):
+                    del running[id(job)]
+                    free.append(slot)
+                    note_time(job)
+    finally:
+        for job, _ in running.values():
+            job.stop()
+            note_time(job)
+    return failures
+
+
+def note_time(job: Job) -> None:
+    """Adds the job's wall clock time to the file beside its log: a resumed run took all of it."""
+    path = job.log.with_suffix(".seconds")
+    before = float(path.read_text()) if path.exists() else 0.0
+    path.write_text(f"{before + job.seconds():.3f}\n")
+
+
+def cpu_slots(parallel: int | None) -> list[dict[str, str]]:
+    """One slot per core, or `parallel` slots that share the cores."""
+    cores = len(os.sched_getaffinity(0))
+    parallel = parallel or cores
+    return [{"OMP_NUM_THREADS": str(max(1, cores // parallel))}] * parallel
+
+
+def gpu_slots(count: int) -> list[dict[str, str]]:
+    """One slot per GPU that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(index) for index in range(count)]
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in names[:count]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A configuration, and the folder with one run per seed."""
+
+    config: Config
+    options: list[str]  # for train.py, without seed and folder
+    folder: Path
+
+    def run_dir(self, seed: int) -> Path:
+        """Where a seed's run lies."""
+        return self.folder / f"seed-{seed}"
+
+    def summary(self, seed: int) -> dict[str, Any] | None:
+        """The summary of a finished seed, otherwise None."""
+        path = self.run_dir(seed) / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def single(self, seed: int, timeout: float) -> Job:
+        """The job that trains one seed."""
+        own = ["--seed", str(seed), "--run_dir", str(self.run_dir(seed))]
+        command = [sys.executable, str(ROOT / "train.py"), *self.options, *own]
+        return Job([seed], command, self.folder / f"seed-{seed}.log", timeout)
+
+    def together(self, seeds: Sequence[int], timeout: float) -> Job:
+        """The job that trains seeds side by side."""
+        worker = ["--worker", str(self.folder), *map(str, seeds), "--", *self.options]
+        command = [sys.executable, str(Path(__file__).resolve()), *worker]
+        name = f"seeds-{'-'.join(map(str, seeds))}.log"
+        return Job(list(seeds), command, self.folder / name, timeout)
+
+    def wall_seconds(self) -> float:
+        """Wall clock time of all jobs so far, start-up included."""
+        return sum(float(path.read_text()) for path in self.folder.glob("*.seconds"))
+
+
+def open_experiment(options: Sequence[str], runs: Path, prefix: str = "") -> Experiment:
+    """The experiment of some options; the same ones have the same folder.
+
+    Raises:
+        InputError: options that train.py would refuse, or that choose the seed or the folder.
+    """
+    for name in ("seed", "run_dir", "resume"):
+        if any(word == f"--{name}" or word.startswith(f"--{name}=") for word in options):
+            raise InputError(f"--{name} is chosen here, from --first and --runs: leave it out")
+    config = load(options)
+    if not any(word.split("=")[0] == "--wandb" for word in options):
+        options = [*options, "--wandb", "disabled"]
+    key = json.dumps({k: v for k, v in config.as_dict().items() if k not in ASIDE})
+    digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+    folder = runs / f"{prefix}{config.recipe}-{digest}"
+    return Experiment(config, list(options), folder.resolve())
+
+
+def train_seeds(
+    experiment: Experiment, seeds: Sequence[int], side_by_side: bool, choices: argparse.Namespace
+) -> None:
+    """Trains the seeds that are not finished.
+
+    Raises:
+        RunError: some failed.
+        Stopped: there was no time for all of them.
+    """
+    missing = [seed for seed in seeds if experiment.summary(seed) is None]
+    gpus = count_gpus()
+    if side_by_side:
+        size = choices.group
+        groups = [missing[start : start + size] for start in range(0, len(missing), size)]
+        jobs = [experiment.together(group, choices.seed_timeout) for group in groups]
+        slots = gpu_slots(gpus) if gpus else cpu_slots(1)
+    else:
+        jobs = [experiment.single(seed, choices.seed_timeout) for seed in missing]
+        slots = gpu_slots(gpus) if gpus else cpu_slots(choices.parallel)
+    if missing:
+        print(f"{len(missing)} of {len(seeds)} seeds to train, logs in {experiment.folder}")
+    shown: set[int] = set()
+
+    def tell(_job: Job) -> None:
+        for seed in missing:
+            summary = None if seed in shown else experiment.summary(seed)
+            if summary is not None:
+                shown.add(seed)
+                print(f"seed {seed}: {summary[accuracy_key(summary)]:.2f} %", flush=True)
+
+    deadline = time.monotonic() + choices.time_limit
+    failures = run_jobs(jobs, slots, deadline, tell)
+    if failures:
+        raise RunError("; ".join(failures))
+
+
+def count_gpus() -> int:
+    """GPUs that this process may use."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def work(folder: Path, seeds: Sequence[int], options: Sequence[str]) -> None:
+    """Trains seeds side by side in this process and writes their summaries."""
+    from mnist_fast.many import train_many
+    from mnist_fast.tracking import write_atomically
+
+    def stop_on_request(_epoch: int, _records: Any) -> None:
+        if signals.requested() is not None:
+            raise Stopped("stopped on request")
+
+    summaries, _ = train_many(load(options), seeds, stop_on_request)
+    for summary in summaries:
+        path = folder / f"seed-{summary['seed']}" / "summary.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        records = "".join(json.dumps(record) + "\n" for record in summary.pop("records"))
+        write_atomically(path.with_name("metrics.jsonl"), records)
+        write_atomically(path, json.dumps(summary, indent=2) + "\n")
+
+
+def accuracy_key(summary: dict[str, Any]) -> str:
+    """Name of the accuracy in a summary: of the test set or of held-out training images."""
+    return "test_accuracy" if "test_accuracy" in summary else "validation_accuracy"
+
+
+def statistics(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, standard deviation, 95 % confidence interval of the mean, minimum and maximum.
+
+    The deviation has n - 1 degrees of freedom and the interval is Student's. One value has
+    neither: both are None.
+    """
+    from scipy.stats import t
+
+    n = len(values)
+    mean = sum(values) / n
+    found: dict[str, Any] = {"n": n, "mean": mean, "sd": None, "ci95": None}
+    found |= {"min": min(values), "max": max(values)}
+    if n > 1:
+        sd = (sum((value - mean) ** 2 for value in values) / (n - 1)) ** 0.5
+        half = float(t.ppf(0.975, n - 1)) * sd / n**0.5
+        found |= {"sd": sd, "ci95": [mean - half, mean + half]}
+    return found
+
+
+def make_report(experiment: Experiment, seeds: Sequence[int]) -> dict[str, Any]:
+    """What the finished seeds say together; no path of this machine is in it."""
+    found = {seed: experiment.summary(seed) for seed in seeds}
+    summaries = [summary for summary in found.values() if summary is not None]
+    if not summaries:
+        raise RunError("no seed is finished")
+    first = summaries[0]
+    accuracy = accuracy_key(first)
+    loss = accuracy.replace("accuracy", "loss")
+    kept = {k: v for k, v in experiment.config.as_dict().items() if k not in ASIDE}
+    together = first.get("side_by_side")
+    commits = {str(summary["git_commit"]) for summary in summaries if summary.get("git_commit")}
+    return {
+        "config": kept,
+        "dataset": first["dataset"],
+        "parameters": first["parameters"],
+        "device": first["device"],
+        "precision": first["precision"],
+        "git_commits": sorted(commits),
+        "versions": first.get("versions"),
+        "side_by_side": together,
+        "evaluated_on": accuracy.removesuffix("_accuracy"),
+        "accuracy": statistics([summary[accuracy] for summary in summaries]),
+        "loss": statistics([summary[loss] for summary in summaries]),
+        "train_seconds": statistics([s["train_seconds"] / (together or 1) for s in summaries]),
+        "wall_seconds_of_all": experiment.wall_seconds(),
+        "runs": [
+            {"seed": s["seed"], "accuracy": s[accuracy], "loss": s[loss]}
+            | {"best_epoch": s["best_epoch"], "train_seconds": s["train_seconds"]}
+            for s in summaries
+        ],
+    }
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report as a table."""
+    rows = [f"{'':24}{'mean':>10}{'sd':>10}{'95 % interval':>22}{'min':>10}{'max':>10}"]
+    names = {
+        "accuracy": f"{report['evaluated_on']} accuracy, %",
+        "loss": f"{report['evaluated_on']} loss",
+        "train_seconds": "training per seed, s",
+    }
+    for key, name in names.items():
+        s = report[key]
+        sd = "" if s["sd"] is None else f"{s['sd']:.4f}"
+        interval = "" if s["ci95"] is None else "{:.4f} to {:.4f}".format(*s["ci95"])
+        row = f"{name:24}{s['mean']:>10.4f}{sd:>10}{interval:>22}{s['min']:>10.4f}{s['max']:>10.4f}"
+        rows.append(row)
+    config = report["config"]
+    head = f"recipe {config['recipe']} on {report['dataset']}, network {config['network']} "
+    head += f"({report['parameters']:,} parameters), {config['epochs']} epochs, "
+    head += f"n = {report['accuracy']['n']} seeds, last epoch"
+    beside = report["side_by_side"]
+    how = f", {beside} side by side" if beside else ""
+    precision = "float32" if report["precision"] == "no" else report["precision"]
+    foot = f"{report['device']}, {precision}{how}; "
+    foot += f"wall clock of all runs {report['wall_seconds_of_all']:.0f} s"
+    return "\n".join([head, *rows, foot])
+
+
+def draw(report: dict[str, Any], experiment: Experiment, path: Path) -> None:
+    """A figure: each seed's accuracy with mean and interval, and its way through the epochs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    s, runs = report["accuracy"], report["runs"]
+    left.plot([run["seed"] for run in runs], [run["accuracy"] for run in runs], "o", label="seed")
+    left.axhline(s["mean"], color="black", label=f"mean {s['mean']:.3f}, n = {s['n']}")
+    if s["ci95"]:
+        left.axhspan(*s["ci95"], alpha=0.2, label="95 % interval of the mean")
+    left.set(xlabel="seed", ylabel=f"{report['evaluated_on']} accuracy of the last epoch, %")
+    left.legend()
+    for run in runs:
+        epochs, values = zip(*read_curve(experiment.run_dir(run["seed"])), strict=True)
+        right.plot(epochs, [100 - value for value in values], linewidth=0.8)
+    right.set(xlabel="epoch", ylabel=f"{report['evaluated_on']} error, %", yscale="log")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def read_curve(run_dir: Path) -> Iterator[tuple[int, float]]:
+    """Epoch and evaluated accuracy of the epochs that a run has done."""
+    path = run_dir / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # a line that is just being written
+            record = json.loads(line)
+            yield record["epoch"], record[accuracy_key(record)]
+
+
+def save(report: dict[str, Any], path: Path) -> None:
+    """Writes a report as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"written: {path}")
+
+
+def compare(seeds: Sequence[int], options: Sequence[str], choices: argparse.Namespace) -> int:
+    """Trains the seeds one after another and side by side; tells both times and distributions.
+
+    The p value is Welch's for equal mean accuracies.
+    """
+    from scipy.stats import ttest_ind
+
+    reports = {}
+    for way in ("single", "together"):
+        experiment = open_experiment(options, choices.runs, f"compare-{way}-")
+        if count_gpus() > 1:
+            raise InputError("choose one GPU for the comparison: CUDA_VISIBLE_DEVICES=0")
+        one_at_a_time = argparse.Namespace(**(vars(choices) | {"parallel": 1}))
+        train_seeds(experiment, seeds, way == "together", one_at_a_time)
+        reports[way] = make_report(experiment, seeds)
+        print(f"\n{way}\n{format_report(reports[way])}\n")
+    single, together = reports["single"], reports["together"]
+    accuracies = [[run["accuracy"] for run in report["runs"]] for report in reports.values()]
+    train = [sum(run["train_seconds"] for run in single["runs"])]
+    train.append(together["train_seconds"]["mean"] * len(seeds))
+    wall = [report["wall_seconds_of_all"] for report in reports.values()]
+    verdict = {
+        "n": len(seeds),
+        "train_seconds": train,
+        "train_speedup": train[0] / train[1],
+        "wall_seconds": wall,
+        "wall_speedup": wall[0] / wall[1],
+        "welch_p": float(ttest_ind(*accuracies, equal_var=False).pvalue),
+    }
+    print(
+        f"{len(seeds)} seeds: training {train[0]:.1f} s alone, {train[1]:.1f} s side by side, "
+        f"{verdict['train_speedup']:.2f} times as fast; with start-up {wall[0]:.1f} s and "
+        f"{wall[1]:.1f} s, {verdict['wall_speedup']:.2f} times; equal means: p = "
+        f"{verdict['welch_p']:.2f}"
+    )
+    name = choices.name or experiment.folder.name.removeprefix("compare-together-")
+    save(reports | {"comparison": verdict}, choices.results / f"side-by-side-{name}.json")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of this program; others are train.py's."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/seeds.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--recipe", default=Config.recipe, help="recipe to start from (default %(default)s)")
+    add("--seeds", type=int, default=10, help="number of seeds (default %(default)s)")
+    add("--first", type=int, default=1, help="the first seed (default %(default)s)")
+    add(
+        "--side_by_side",
+        choices=["auto", "true", "false"],
+        default="auto",
+        help="all seeds in one batched program; auto: on one GPU (default %(default)s)",
+    )
+    add("--group", type=int, default=32, help="seeds in one such program (default %(default)s)")
+    add("--compare_side_by_side", action="store_true", help=compare.__doc__.split("\n")[0])  # type: ignore[union-attr]
+    add("--parallel", type=int, help="runs at a time on a CPU (default: one per core)")
+    add("--seed_timeout", type=float, default=7200.0, help="seconds for a run (%(default)s)")
+    add("--time_limit", type=float, default=86400.0, help="seconds for all of it (%(default)s)")
+    add("--runs", type=Path, default=ROOT / "runs" / "seeds", help="folder of the runs")
+    add("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of results")
+    add("--name", help="name of the results (default: the recipe and a digest of all options)")
+    return parser
+
+
+def main() -> int:
+    """Trains, and reports what is finished, also when the time was too short for all."""
+    if sys.argv[1:2] == ["--worker"]:
+        split = sys.argv.index("--")
+        work(Path(sys.argv[2]), [int(seed) for seed in sys.argv[3:split]], sys.argv[split + 1 :])
+        return 0
+    choices, rest = build_parser().parse_known_args()
+    if choices.seeds < 1 or choices.first < 0 or choices.group < 1:
+        raise InputError("--seeds and --group must be at least 1, --first at least 0")
+    options = ["--recipe", choices.recipe, *rest]
+    seeds = list(range(choices.first, choices.first + choices.seeds))
+    if choices.compare_side_by_side:
+        return compare(seeds, options, choices)
+    experiment = open_experiment(options, choices.runs)
+    wanted = choices.side_by_side
+    side_by_side = wanted == "true" or (wanted == "auto" and count_gpus() == 1 and len(seeds) > 1)
+    try:
+        train_seeds(experiment, seeds, side_by_side, choices)
+    finally:
+        if any(experiment.summary(seed) for seed in seeds):
+            report = make_report(experiment, seeds)
+            print(format_report(report))
+            path = choices.results / f"seeds-{choices.name or experiment.folder.name}.json"
+            save(report, path)
+            draw(report, experiment, path.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    signals.install()
+    sys.exit(run_main(main, "benchmarks/seeds.py"))
