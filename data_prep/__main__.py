@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         manifest = prepare(options.dataset, options.source, options.out)
         folder = options.out or default_folder(manifest.dataset)
     print(_table(manifest))
-    print(f"{'verified' if options.verify else 'ready'}: {manifest.dataset} in {folder}")
+    note = "" if manifest.published else " (not the published files)"
+    print(f"{'verified' if options.verify else 'ready'}: {manifest.dataset}{note} in {folder}")
     return 0
 
 

@@ -206,7 +206,8 @@ def _run_writer(source: Source, stage: Staging, out: Path, progress: bool) -> di
 
 def _bar(description: str, total: int, progress: bool) -> "tqdm[Any]":
     # None: shown on a terminal only.
-    return tqdm(desc=description, total=total, disable=None if progress else True, leave=False)
+    hidden = None if progress else True
+    return tqdm(desc=description, total=total, unit=" images", disable=hidden, leave=False)
 
 
 def _describe(source: Source, statistics: dict[str, Any], folder: Path) -> Manifest:

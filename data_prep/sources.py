@@ -16,6 +16,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from data_prep.staging import staging
 from data_prep.watched import Limits, Report, WorkFailed, run_watched
@@ -98,7 +99,7 @@ def load_source(dataset: str, root: Path | None = None) -> Source:
         return _download_mnist(Path("data"))
     except WorkFailed as failure:
         if dataset == "mnist":
-            raise InputError(_nothing_found(str(failure))) from None
+            raise InputError(_nothing_found(str(failure).strip(" .\n"))) from None
         print(
             "data_prep: WARNING: MNIST was not found and could not be downloaded "
             f"({failure}). Using the 1,797 handwritten digits of scikit-learn, NOT MNIST.",
@@ -265,8 +266,9 @@ def _download_mnist(root: Path) -> Source:
     raw = root / "MNIST" / "raw"
     with staging(root) as stage:
         if _missing(raw):  # else another process has downloaded them in the meantime
-            print("data_prep: downloading MNIST into data/", file=sys.stderr, flush=True)
-            run_watched("data_prep.sources:download", [str(stage.folder)], DOWNLOAD_LIMITS)
+            target, arguments = "data_prep.sources:download", [str(stage.folder)]
+            with tqdm(desc="downloading MNIST", unit="B", unit_scale=True, disable=None) as bar:
+                run_watched(target, arguments, DOWNLOAD_LIMITS, bar.update)
             downloaded = stage.folder / "MNIST" / "raw"
             load_mnist(downloaded, "")  # raises if anything is wrong with them
             raw.mkdir(parents=True, exist_ok=True)

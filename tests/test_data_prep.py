@@ -27,7 +27,7 @@ from data_prep.betons import check, data_sha256, load_manifest, prepare
 from data_prep.watched import Limits, Report, run_watched
 from mnist_fast.errors import InputError, run_main
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 Files = dict[str, bytes]
 ROOT = Path(__file__).parents[1]
@@ -310,7 +310,7 @@ def use_child(monkeypatch: pytest.MonkeyPatch, child: Callable[..., Any]) -> Non
 
     def run_other(target: str, arguments: list[str], _: Limits, *more: Any, **named: Any) -> Any:
         other = f"{__name__}:{child.__name__}"
-        return run_watched(other, arguments, Limits(90.0, 8.0), *more, **named)
+        return run_watched(other, arguments, Limits(180.0, 8.0), *more, **named)
 
     monkeypatch.setattr(betons, "run_watched", run_other)
 
@@ -395,7 +395,7 @@ def test_after_a_kill_two_at_once_repair_the_folder(
     with pytest.raises(InputError, match=r"manifest.json is missing: run `python -m data_prep"):
         check(out)
     both = [start("--source", idx_root, "--out", out) for _ in range(2)]
-    printed = [process.communicate(timeout=90) for process in both]
+    printed = [process.communicate(timeout=200) for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
     assert printed[0][0] == printed[1][0]
     assert ends(child, 5.0)
@@ -502,21 +502,18 @@ def test_malformed_manifest(text: str, tmp_path: Path) -> None:
 # The real thing
 
 
-def test_digits(tmp_path: Path) -> None:
-    manifest = prepare("digits", None, tmp_path / "digits", progress=False)
-    assert (manifest.dataset, manifest.train.samples, manifest.test.samples) == (
-        "digits",
-        1437,
-        360,
-    )
-    assert check(tmp_path / "digits") == manifest
+def test_digits(small_betons: Path) -> None:
+    manifest = check(small_betons)
+    assert (manifest.dataset, manifest.published) == ("digits", True)
+    assert (manifest.train.samples, manifest.test.samples) == (1437, 360)
+    assert manifest.source_origin == "scikit-learn"
 
 
 @pytest.mark.mnist
 def test_mnist_from_the_shell(mnist_root: Path, tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    process = start("--source", mnist_root.resolve(), "--out", tmp_path / "out")
-    output, errors = process.communicate(timeout=100)
+    process = start("--source", mnist_root, "--out", tmp_path / "out")
+    output, errors = process.communicate(timeout=200)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (process.returncode, errors) == (0, "")
     assert re.search("train +60,000.*\ntest +10,000", output)
@@ -540,7 +537,7 @@ def test_published_files(mnist_root: Path) -> None:
 
 @pytest.mark.mnist
 def test_compressed_published_files(mnist_root: Path, tmp_path: Path) -> None:
-    raw = mnist_root.resolve() / "MNIST" / "raw"
+    raw = sources._folder_of(mnist_root)
     for name in sources.FILES:
         if not (raw / f"{name}.gz").exists():
             pytest.skip(f"{name}.gz is not there")

@@ -262,7 +262,7 @@ def test_mirrors_are_those_of_torchvision() -> None:
 def fake_download(content: Callable[[Path], object]) -> Callable[..., None]:
     """Takes the place of the watched child processes."""
 
-    def run(target: str, arguments: list[str], limits: object) -> None:
+    def run(target: str, arguments: list[str], *_: object) -> None:
         if target.endswith(":download"):
             content(Path(arguments[0]) / "MNIST" / "raw")
 
