@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# What slurm/train.sh starts once on each of its nodes, through srun: copies the data to the node's own disk and launches
+# the node's processes. Everything but train.py's options comes through the environment.
+set -euo pipefail
+
+# Ignored here and in all that this starts; only train.py's processes listen to it again. The launcher would die of it and
+# leave them behind.
+trap '' USR1
+trap : TERM # Slurm sends it to every process of the step; the launcher's end is waited for
+
+say() { printf 'node %s: %s\n' "$SLURM_NODEID" "$1" >&2; }
+
+if [[ -n ${SLURM_GPUS_ON_NODE:-} && $SLURM_GPUS_ON_NODE -lt $PROCESSES_PER_NODE ]]; then
+  say "$SLURM_GPUS_ON_NODE GPUs for $PROCESSES_PER_NODE processes: ask for the same number on every node (--gpus-per-node)"
+  exit 2
+fi
+
+local=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/mnist_fast-$SLURM_JOB_ID-$SLURM_NODEID
+trap 'rm -rf "$local"' EXIT
+
+verified() { # verified FOLDER: size and sha256 of its betons are those of its manifest
+  "$PYTHON" -c '
+import sys
+from data_prep.manifest import check
+from mnist_fast.errors import run_main
+sys.exit(run_main(lambda: bool(check(sys.argv[1])) - 1, "data"))' "$1"
+}
+
+stage() {
+  rm -rf "$local" && mkdir -p "$local" && cp "$DATA_DIR"/{train,test}.beton "$DATA_DIR"/manifest.json "$local" && verified "$local"
+}
+
+if stage || stage; then # a second time: the copy may have met a busy file server
+  say "data copied to $local and verified"
+else
+  say "data is read from $DATA_DIR: it could not be copied to $local"
+  local_data=$DATA_DIR
+fi
+
+cpus=${SLURM_CPUS_ON_NODE:-1}
+threads=$((cpus / PROCESSES_PER_NODE))
+export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+"$PYTHON" -m accelerate.commands.accelerate_cli launch --config_file accelerate_config.yaml --mixed_precision no \
+  --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \
+  --num_processes $((SLURM_NNODES * PROCESSES_PER_NODE)) \
+  --main_process_ip "$HEAD_ADDRESS" --main_process_port "$HEAD_PORT" \
+  train.py "$@" --data_dir "${local_data:-$local}" --run_dir "$RUN_DIR" &
+launcher=$!
+
+while kill -0 "$launcher" 2>/dev/null; do
+  # Again and again: a process that has just started does not listen yet.
+  [[ ! -e $STOP_FILE ]] || pkill -USR1 --parent "$launcher" || true
+  sleep 1
+done
+wait "$launcher"

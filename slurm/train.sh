@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# One run on one or many nodes, with GPUs or without. Submit it from the top of the repository; sbatch's own options come
+# first, train.py's behind the script:
+#
+#   sbatch --nodes=4 --gpus-per-node=8 slurm/train.sh --recipe fast --epochs 30
+#
+# Two minutes before the time limit the run saves a checkpoint and stops, and the job is queued again; there it goes on.
+# Exit status: 0 the run is finished, 2 bad usage, configuration or data, anything else a failure.
+#
+# From the environment: PYTHON (default .venv/bin/python), PROCESSES_PER_NODE (default: one per GPU, or one),
+# MAX_REQUEUES (default 10), SRUN_OPTIONS (further words for srun). slurm/site.sh is read first if there is one: see
+# slurm/README.md.
+#SBATCH --job-name=mnist_fast
+#SBATCH --ntasks-per-node=1
+#SBATCH --time=01:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+set -euo pipefail
+
+fail() {
+  printf 'slurm/train.sh: error: %s\n' "$1" >&2
+  exit 2
+}
+
+[[ -n ${SLURM_JOB_ID:-} ]] || fail "runs under SLURM only: sbatch slurm/train.sh"
+cd "$SLURM_SUBMIT_DIR"
+[[ -f train.py && -f slurm/node.sh ]] || fail "$PWD is not the top of the repository: submit from there"
+# shellcheck source=/dev/null
+[[ ! -f slurm/site.sh ]] || source slurm/site.sh
+export PYTHON=${PYTHON:-$PWD/.venv/bin/python}
+[[ -x $PYTHON ]] || fail "$PYTHON is not there: run make setup, or set PYTHON"
+
+# What train.py would make of its options; a mistake in them ends the job here.
+settings=$("$PYTHON" -c '
+import sys
+from mnist_fast import config, errors
+def main():
+    chosen = config.load()
+    print(chosen.dataset, chosen.data_dir or "", chosen.run_dir or "", sep="\n")
+    return 0
+sys.exit(errors.run_main(main, "train.py"))' "$@") || exit
+mapfile -t settings <<<"$settings"
+dataset=${settings[0]}
+[[ $dataset != auto ]] || fail "--dataset auto: say mnist or digits, so that every node takes the same"
+DATA_DIR=${settings[1]:-data/betons/$dataset}
+RUN_DIR=${settings[2]:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID}
+mkdir -p "$RUN_DIR" || fail "$RUN_DIR cannot be made: choose another --run_dir"
+if [[ ! -f $DATA_DIR/manifest.json ]]; then
+  "$PYTHON" -m data_prep --dataset "$dataset" --out "$DATA_DIR" || exit
+fi
+
+# The batch script runs on the first node, which is the head: what listens on its ports can be seen here.
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+HEAD_ADDRESS=$(scontrol show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+getent hosts "${HEAD_ADDRESS:=$head}" >/dev/null || fail "the head node $HEAD_ADDRESS cannot be resolved"
+HEAD_PORT=$((10000 + SLURM_JOB_ID % 20000))
+while (: <"/dev/tcp/127.0.0.1/$HEAD_PORT") 2>/dev/null; do HEAD_PORT=$((HEAD_PORT + 1)); done
+
+PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+STOP_FILE=$RUN_DIR/.stop-$SLURM_JOB_ID
+rm -f "$STOP_FILE"
+export DATA_DIR RUN_DIR HEAD_ADDRESS HEAD_PORT PROCESSES_PER_NODE STOP_FILE
+start=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+printf 'job %s on %s: %d nodes with %d processes each, head %s:%d, run folder %s\n' \
+  "$start" "$SLURM_JOB_NODELIST" "$SLURM_NNODES" "$PROCESSES_PER_NODE" "$HEAD_ADDRESS" "$HEAD_PORT" "$RUN_DIR"
+
+time_is_up=
+# Every node's wrapper looks for this file. Slurm's own way would signal W&B's and the launcher's processes too.
+trap 'time_is_up=1; touch "$STOP_FILE" || scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+
+read -r -a more <<<"${SRUN_OPTIONS:-}"
+srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+  --kill-on-bad-exit=1 --wait=60 "${more[@]}" bash slurm/node.sh "$@" &
+step=$!
+code=0
+wait "$step" || code=$?
+while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not the step
+  code=0
+  wait "$step" || code=$?
+done
+rm -f "$STOP_FILE"
+
+# A launcher's exit status does not tell why it ended; the run's own word does, if it is about this start of the job.
+status=$("$PYTHON" -c '
+import json, sys
+try:
+    status = json.load(open(sys.argv[1]))
+    print(status["status"] if status["job"] == sys.argv[2] else "unknown")
+except (OSError, ValueError, LookupError, TypeError):
+    print("unknown")' "$RUN_DIR/status.json" "$start")
+printf 'job %s: the run is %s, srun ended with status %d\n' "$start" "$status" "$code"
+
+[[ $status != finished ]] || exit 0
+# "unknown": the request came before the run had begun.
+if [[ -n $time_is_up && ($status == stopped || $status == unknown) ]]; then
+  if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_REQUEUES:-10})); then
+    printf 'job %s: not queued again after %d requeues (MAX_REQUEUES)\n' "$start" "${SLURM_RESTART_COUNT:-0}" >&2
+  elif scontrol requeue "$SLURM_JOB_ID"; then
+    printf 'job %s: queued again\n' "$start"
+    sleep 120 # Slurm ends this script before that
+  fi
+fi
+exit $((code ? code : 1))

@@ -1,0 +1,185 @@
+"""slurm/ on a real SLURM, started for these tests on this machine."""
+
+import json
+import shutil
+import subprocess
+
+import helpers
+import pytest
+from safetensors.torch import load_file
+from slurm_cluster import cluster, is_over  # noqa: F401
+
+SCRIPTS = ("train.sh", "seeds.sh", "sweep.sh")
+# Dropout, EMA and a smaller last batch: all that a resumed run has to get right.
+OPTIONS = (*helpers.QUICK, "--recipe", "notebook", "--ema_decay", "0.98")
+LIMIT = 300  # seconds for one job
+
+slow = pytest.mark.slow
+
+
+def status(folder):
+    return json.loads((folder / "status.json").read_text())["status"]
+
+
+def same_weights(one, other):
+    ours, theirs = (load_file(folder / "weights.safetensors") for folder in (one, other))
+    return ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck():
+    scripts = sorted((helpers.ROOT / "slurm").glob("*.sh"))
+    subprocess.run(["shellcheck", "-x", *scripts], check=True, timeout=60, cwd=helpers.ROOT)
+
+
+@slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_sbatch_accepts_it(cluster, script):  # noqa: F811
+    said = cluster.call("sbatch", "--test-only", "--nodes=1", f"slurm/{script}", check=False)
+    assert "to start at" in said
+
+
+@pytest.fixture(scope="module")
+def reference(small_betons, tmp_path_factory):
+    """A run of two processes that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    where = ("--data_dir", small_betons, "--run_dir", folder)
+    done = helpers.torchrun(2, helpers.TRAIN, *OPTIONS, *where, "--epochs", "8", cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("nodes, processes", [(1, 2), (2, 1)])
+def test_a_stopped_job_is_queued_again_and_ends_with_the_same_weights(
+    cluster,  # noqa: F811
+    reference,
+    small_betons,
+    tmp_path,
+    nodes,
+    processes,
+):
+    run = tmp_path / "run"
+    job = cluster.submit(
+        *(f"--nodes={nodes}", f"--cpus-per-task={processes}", "slurm/train.sh", *OPTIONS),
+        *("--data_dir", small_betons, "--run_dir", run, "--epochs", "8"),
+        environment={"PROCESSES_PER_NODE": str(processes)},
+    )
+    metrics = run / "metrics.jsonl"
+    cluster.wait(
+        job, LIMIT, lambda _: metrics.exists() and len(metrics.read_text().splitlines()) > 1
+    )
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait(job, LIMIT, lambda job: job["Restarts"] == "1")
+    assert len(helpers.read_records(run)) < 8, "it was over before it was stopped"
+    assert status(run) == "stopped"
+    ended = cluster.wait(job, LIMIT)
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), cluster.logs()
+    assert [record["epoch"] for record in helpers.read_records(run)] == list(range(1, 9))
+    assert helpers.read_summary(run)["world_size"] == 2
+    assert same_weights(run, reference)
+    log = cluster.top / f"mnist_fast-{job}.log"
+    assert log.read_text().count("copied to") == 2 * nodes
+    assert "resumed at epoch" in log.read_text()
+
+
+@slow
+@pytest.mark.timeout(600)
+def test_the_time_limit_queues_it_again_even_before_the_first_step(
+    cluster,  # noqa: F811
+    small_betons,
+    tmp_path,
+):
+    run = tmp_path / "run"
+    job = cluster.submit(
+        *("--time=2", "--signal=B:USR1@119", "slurm/train.sh", *OPTIONS),
+        *("--data_dir", small_betons, "--run_dir", run, "--epochs", "100"),
+    )
+    cluster.wait(job, LIMIT, lambda job: job["Restarts"] == "1")
+    cluster.call("scancel", job)
+    assert cluster.wait(job, LIMIT)["JobState"] == "CANCELLED"
+
+
+@slow
+@pytest.mark.timeout(600)
+def test_requeues_are_capped(cluster, small_betons, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    job = cluster.submit(
+        *("slurm/train.sh", *OPTIONS),
+        *("--data_dir", small_betons, "--run_dir", run, "--epochs", "500"),
+        environment={"MAX_REQUEUES": "0"},
+    )
+    cluster.wait(job, LIMIT, lambda _: (run / "metrics.jsonl").exists())
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    ended = cluster.wait(job, LIMIT)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), cluster.logs()
+    assert status(run) == "stopped"
+
+
+@slow
+@pytest.mark.timeout(600)
+def test_a_failing_job_is_reported_and_not_queued_again(cluster, small_betons, tmp_path):  # noqa: F811
+    where = ("--data_dir", small_betons, "--run_dir", tmp_path / "run")
+    bad = {
+        "2:0": ("--epochs", "0"),
+        "1:0": ("--epochs", "20", "--learning_rate", "1000"),
+    }
+    jobs = {
+        code: cluster.submit("slurm/train.sh", *OPTIONS, *where, *options)
+        for code, options in bad.items()
+    }
+    for code, job in jobs.items():
+        ended = cluster.wait(job, LIMIT)
+        assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", code), cluster.logs()
+        assert ended["Restarts"] == "0"
+    assert status(tmp_path / "run") == "failed"
+
+
+@slow
+@pytest.mark.timeout(600)
+def test_an_array_of_seeds(cluster, small_betons):  # noqa: F811
+    array = cluster.submit(
+        *("--array=1-2", "slurm/seeds.sh", *helpers.QUICK),
+        *("--data_dir", small_betons, "--epochs", "1"),
+    )
+    for seed in (1, 2):
+        ended = cluster.wait(f"{array}_{seed}", LIMIT)
+        assert ended["JobState"] == "COMPLETED", cluster.logs()
+        run = cluster.top / "runs" / f"mnist_seeds-{array}" / f"seed-{seed}"
+        assert helpers.read_summary(run)["seed"] == seed
+
+
+@slow
+@pytest.mark.timeout(600)
+def test_two_jobs_with_one_run_folder(cluster, reference, small_betons, tmp_path):  # noqa: F811
+    run = tmp_path / "run"
+    command = ("--cpus-per-task=2", "slurm/train.sh", *OPTIONS)
+    where = ("--data_dir", small_betons, "--run_dir", run, "--epochs", "8")
+    two = {"PROCESSES_PER_NODE": "2"}
+    jobs = [cluster.submit(*command, *where, environment=two) for _ in range(2)]
+    ended = [cluster.wait(job, LIMIT)["JobState"] for job in jobs]
+    assert sorted(ended) == ["COMPLETED", "FAILED"], cluster.logs()
+    assert f"another process trains in {run}" in cluster.logs()
+    assert status(run) == "finished"
+    assert same_weights(run, reference)
+
+
+@slow
+def test_an_unknown_head_node_stops_the_job(cluster, small_betons, tmp_path):  # noqa: F811
+    fake = tmp_path / "getent"
+    fake.write_text("#!/bin/sh\nexit 2\n")
+    fake.chmod(0o755)
+    job = cluster.submit(
+        *("slurm/train.sh", *OPTIONS, "--data_dir", small_betons, "--run_dir", tmp_path / "run"),
+        environment={"PATH": f"{tmp_path}:{cluster.environment['PATH']}"},
+    )
+    ended = cluster.wait(job, LIMIT)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0")
+    assert "cannot be resolved" in cluster.logs()
+
+
+@slow
+def test_a_sweep_needs_its_name(cluster):  # noqa: F811
+    job = cluster.submit("--array=1", "slurm/sweep.sh")
+    assert cluster.wait(f"{job}_1", LIMIT)["ExitCode"] == "2:0"
