@@ -117,6 +117,12 @@ class ResidentFeed:
     def __init__(self, images: Tensor, labels: Tensor, sharding: Sharding, seed: int):
         self.images, self.labels, self.sharding, self.seed = images, labels, sharding, seed
 
+    def example(self) -> Batch:
+        """A whole batch in the form of the epochs' batches."""
+        size = self.sharding.local_size
+        rows = torch.zeros(size, dtype=torch.int64, device=self.images.device)
+        return Batch(self.images, self.labels, rows, 0, self.sharding.batch_size)
+
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This process's batches of an epoch from a step on."""
         order = epoch_order(self.seed, epoch, self.sharding.samples).to(self.images.device)
@@ -131,8 +137,15 @@ class StreamFeed:
     name = "stream"
 
     def __init__(self, path: Path, sharding: Sharding, seed: int, device: torch.device):
-        self.sharding, self.seed = sharding, seed
+        self.sharding, self.seed, self.device = sharding, seed, device
         self.loader = open_loader(path, sharding.local_size, device)
+
+    def example(self) -> Batch:
+        """A whole blank batch in the form of the epochs' batches."""
+        size, shape = self.sharding.local_size, self.loader.reader.handlers["image"].shape
+        images = torch.zeros(size, *shape, dtype=torch.uint8, device=self.device)
+        labels = torch.zeros(size, dtype=torch.int64, device=self.device)
+        return Batch(images, labels, None, 0, self.sharding.batch_size)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """This process's batches of an epoch from a step on; each is valid until the next."""

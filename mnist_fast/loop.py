@@ -107,7 +107,7 @@ class Training:
         try:
             with signals.leaving_at_once():
                 self.tracker.start(self.facts(), self.position.records, wandb_id)
-                self.step.warm_up()
+                self.step.warm_up(self.feed.example())
             if self.runtime.is_main and not self.position.records:
                 layers = list(layer_table(build_network(self.config.network)))
                 self.tracker.log_inputs(self.samples(), layers, self.betons / "manifest.json")

@@ -1,7 +1,17 @@
-"""One training step: augment, forward, loss, backward, gradient reduction, SGD."""
+"""One training step: augment, forward, loss, backward, gradient reduction, SGD.
 
+It runs in one of three modes that compute the same training:
+
+- eager: kernel by kernel, through Accelerate's wrappers.
+- compiled: augmentation (on GPUs), forward and backward pass are compiled.
+- captured: the whole compiled step is recorded as one CUDA graph, and a step is one launch.
+"""
+
+import contextlib
 import copy
 import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +19,14 @@ from torch import Tensor, nn
 from mnist_fast.augment import augment, derive_key, normalise, scale_pixels
 from mnist_fast.config import Config
 from mnist_fast.data import Batch, Sharding
+from mnist_fast.errors import InputError
 from mnist_fast.model import Network
 from mnist_fast.runtime import Runtime
 
 COMPILE_FROM_IMAGES = (
     400_000  # fewer than this over the run, and compiling costs more than it gives
 )
+WARM_UPS = 11  # runs before a capture: DDP's and NCCL's set-up takes up to 11 iterations
 
 
 def sum_of_losses(log_probabilities: Tensor, labels: Tensor, smoothing: float) -> Tensor:
@@ -44,17 +56,84 @@ def build_optimizer(config: Config, network: nn.Module) -> torch.optim.SGD:
 
 
 def resolve_mode(config: Config, precision: str, images_per_epoch: int) -> str:
-    """The step mode: compiled where that pays and a compiler is at hand, else eager.
+    """The step mode; `auto` is captured on GPUs and compiled on CPUs, where that pays, else eager.
 
     fp16 is always eager: its loss scaling decides on the host whether a step is taken.
+
+    Raises:
+        InputError: a captured step is asked for without a GPU.
     """
+    on_gpu = torch.cuda.is_available()
+    if config.step == "captured" and not on_gpu:
+        raise InputError("--step captured needs a GPU: use compiled, eager or auto", shared=True)
     if precision == "fp16":
         return "eager"
     if config.step != "auto":
         return config.step
-    pays = config.epochs * images_per_epoch >= COMPILE_FROM_IMAGES
-    able = torch.cuda.is_available() or any(map(shutil.which, ("g++", "c++", "clang++")))
-    return "compiled" if pays and able else "eager"
+    if config.epochs * images_per_epoch < COMPILE_FROM_IMAGES:
+        return "eager"
+    if on_gpu:
+        return "captured"
+    return "compiled" if any(map(shutil.which, ("g++", "c++", "clang++"))) else "eager"
+
+
+class CudaGraph:
+    """Work on the GPU, recorded once; `replay` repeats it with a single launch.
+
+    Dropout draws anew in every replay: torch registers the device's default generator, the only
+    one that the step uses, with each graph.
+
+    Args:
+        work: reads and writes tensors at fixed addresses and never waits for the device.
+    """
+
+    def __init__(self, work: Callable[[], None]):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compiles, creates what libraries create at first use
+            for _ in range(WARM_UPS):
+                work()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        # thread_local: NCCL's watchdog, another thread, may go on querying its events
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            work()
+
+    def replay(self) -> None:
+        """Repeats the work."""
+        self._graph.replay()
+
+
+class CapturedStep:
+    """A training step on a batch whose tensors stay in place.
+
+    Args:
+        train: one step on a batch.
+        batch: tensors that the graph reads; later batches are copied into them, except for a
+            resident feed's pool of images, which is the same in every batch.
+        network: whose gradients the graph writes.
+        graph_type: `CudaGraph`, or what tests put in its place.
+    """
+
+    def __init__(
+        self, train: Callable[[Batch], None], batch: Batch, network: nn.Module, graph_type: Any
+    ):
+        self._batch = batch
+        self._parameters = list(network.parameters())
+        self._graph = graph_type(lambda: train(batch))
+        self._gradients = [parameter.grad for parameter in self._parameters]
+
+    def __call__(self, batch: Batch) -> None:
+        """Trains on a batch of the same size."""
+        theirs = (batch.images, batch.labels, batch.rows)
+        for mine, new in zip(
+            (self._batch.images, self._batch.labels, self._batch.rows), theirs, strict=True
+        ):
+            if mine is not None and new is not None and mine is not new:
+                mine.copy_(new, non_blocking=True)
+        self._graph.replay()
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient  # a step outside the graph may have left its own
 
 
 class TrainingStep:
@@ -67,26 +146,45 @@ class TrainingStep:
             process since `reset_totals`. Reading it is the only thing that waits for the device.
     """
 
+    graph_type: Any = CudaGraph
+
     def __init__(self, config: Config, network: Network, runtime: Runtime, sharding: Sharding):
         self.config, self.runtime, self.sharding = config, runtime, sharding
         self.mode = resolve_mode(config, runtime.precision, sharding.samples)
-        network = network.to(runtime.device).to(memory_format=torch.channels_last)
+        if self.mode == "eager" and config.step not in ("auto", "eager") and runtime.is_main:
+            print("step: eager, because fp16's loss scaling waits for the host in every step")
+        device = runtime.device
+        network = network.to(device).to(memory_format=torch.channels_last)
+        self.network = network
         self.averaged = copy.deepcopy(network).eval() if config.ema_decay else None
         self.optimizer = build_optimizer(config, network)
         if self.mode == "eager":
             self._forward_network, self._stepper = runtime.prepare(network, self.optimizer)
         else:
             self._forward_network, self._stepper = network, self.optimizer
-        self.network = network
-        self.totals = torch.zeros(3, dtype=torch.float64, device=runtime.device)
-        self._one = torch.ones((), dtype=torch.float64, device=runtime.device)
-        self._key = torch.zeros((), dtype=torch.int64, device=runtime.device)
+        self.totals = torch.zeros(3, dtype=torch.float64, device=device)
+        # what changes from step to step lies in tensors, where a captured step reads it
+        self._rate = torch.zeros((), device=device)
+        self._key = torch.zeros((), dtype=torch.int64, device=device)
+        self._position = torch.zeros((), dtype=torch.int64, device=device)
+        self._offsets = torch.arange(sharding.local_size, device=device)
+        self._set_up_optimizer()
         self._augmented = True
+        self._captured: dict[bool, CapturedStep] = {}  # by whether images are augmented
         self._augment, self._forward = augment, self._forward_rest
-        if self.mode == "compiled":
+        if self.mode != "eager":
             self._forward = torch.compile(self._forward_rest, dynamic=False)
-            if runtime.device.type == "cuda":  # on CPUs the eager kernels are the faster ones
+            if device.type == "cuda":  # on CPUs the eager kernels are the faster ones
                 self._augment = torch.compile(augment, dynamic=False)
+
+    def _set_up_optimizer(self) -> None:
+        """Hands SGD the rate's tensor, and the momentum that it would create in its first step."""
+        for group in self.optimizer.param_groups:  # after `prepare`, which would copy the tensor
+            group["lr"] = self._rate
+        if self.config.momentum:
+            for parameter in self.network.parameters():
+                momentum = torch.zeros_like(parameter)
+                self.optimizer.state[parameter]["momentum_buffer"] = momentum
 
     def start_epoch(self, epoch: int) -> None:
         """Sets the epoch whose augmentation is drawn."""
@@ -95,7 +193,15 @@ class TrainingStep:
         self._forward_network.train()
 
     def __call__(self, batch: Batch, learning_rate: float) -> None:
-        """Trains on this process's part of a global batch.
+        """Trains on this process's part of a global batch; does not wait for the device."""
+        self._rate.fill_(learning_rate)
+        self._position.fill_(batch.position)
+        whole = len(batch) == self.sharding.local_size
+        train = self._captured.get(self._augmented, self._train) if whole else self._train
+        train(batch)
+
+    def _train(self, batch: Batch) -> None:
+        """One step, at the position and learning rate that stand in their tensors.
 
         The loss is the global batch's mean: each process's sum is weighted so that the mean of
         the gradients over the processes is exact, also where the parts differ in size.
@@ -104,29 +210,29 @@ class TrainingStep:
         images, labels = batch.gather()
         forward = self._forward if len(batch) == self.sharding.local_size else self._forward_rest
         self._stepper.zero_grad()  # not behind the step: `gradient_norm` reads the last ones
-        loss, hits = forward(self._prepare_inputs(images, batch.position), labels)
+        loss, counts = forward(self._prepare_inputs(images), labels)
         self.runtime.backward(loss * weight)
         if self.mode != "eager":
             self.runtime.average_gradients(self.network)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         self._stepper.step()
-        self.totals += torch.stack([loss.detach().double(), hits.double(), self._one * len(batch)])
+        self.totals += counts
         self._average()
 
-    def _prepare_inputs(self, images: Tensor, position: int) -> Tensor:
-        """Augmented and normalised inputs; `position` is that of the first image in the epoch."""
+    def _prepare_inputs(self, images: Tensor) -> Tensor:
+        """Augmented and normalised inputs."""
         if not self._augmented:
             return normalise(scale_pixels(images))
-        positions = torch.arange(position, position + len(images), device=images.device)
+        positions = self._position + self._offsets[: len(images)]
         return self._augment(self.config, images, positions, self._key)
 
     def _forward_rest(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of losses and number of correct predictions; never compiled, for any batch size."""
+        """Sum of losses; what to add to `totals`. Never compiled, for any batch size."""
         with self.runtime.autocast():
             log_probabilities = self._forward_network(inputs)
         loss = sum_of_losses(log_probabilities, labels, self.config.label_smoothing)
-        return loss, (log_probabilities.argmax(1) == labels).sum()
+        hits = (log_probabilities.argmax(1) == labels).sum()
+        count = torch.full_like(hits, len(labels))
+        return loss, torch.stack([loss.detach().double(), hits.double(), count.double()])
 
     def _average(self) -> None:
         """Moves the averaged weights and statistics one step towards the network's."""
@@ -134,21 +240,45 @@ class TrainingStep:
             theirs, ours = floats(self.averaged), floats(self.network)
             torch._foreach_lerp_(theirs, ours, 1 - self.config.ema_decay)
 
-    def warm_up(self) -> None:
-        """Compiles on a blank batch; weights, statistics and generators stay as they were."""
+    def warm_up(self, example: Batch) -> None:
+        """Compiles and captures; nothing that training depends on is changed by it.
+
+        Call it while no other thread uses the GPU: CUDA forbids that during a capture.
+
+        Args:
+            example: a whole batch in the feed's form, with any content. A captured step keeps its
+                tensors.
+        """
         if self.mode == "eager":
             return
-        state = [*self.network.parameters(), *self.network.buffers()]
-        kept = [tensor.detach().clone() for tensor in state]
+        with self._unchanged():
+            if self.mode == "compiled":
+                self._train(example)
+            else:
+                for epoch in range(self.config.epochs):
+                    self.start_epoch(epoch)
+                    if self._augmented not in self._captured:
+                        self._captured[self._augmented] = CapturedStep(
+                            self._train, example, self.network, self.graph_type
+                        )
+        self.optimizer.zero_grad()
+
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Puts weights, statistics, momentum, averages, totals and generators back afterwards."""
+        networks = [self.network] if self.averaged is None else [self.network, self.averaged]
+        state = [
+            *(t.data for network in networks for t in network.parameters()),
+            *(t for network in networks for t in network.buffers()),
+            *(t for kept in self.optimizer.state.values() for t in kept.values()),
+            self.totals,
+        ]
+        kept = [tensor.clone() for tensor in state]
         devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            size = self.sharding.local_size
-            images = torch.zeros(size, 1, 28, 28, dtype=torch.uint8, device=self.runtime.device)
-            labels = torch.zeros(size, dtype=torch.int64, device=self.runtime.device)
-            self._forward(self._prepare_inputs(images, 0), labels)[0].backward()
-        self.optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_copy_(state, kept)
+            yield
+        for tensor, before in zip(state, kept, strict=True):
+            tensor.copy_(before)
 
     def state(self) -> dict[str, Tensor]:
         """Weights, statistics, momentum and averages by name, copied to the CPU."""
@@ -174,9 +304,9 @@ class TrainingStep:
                 }
                 network.load_state_dict(part)
         for index, parameter in enumerate(self.network.parameters()):
-            if f"momentum/{index}" in tensors:
-                momentum = torch.empty_like(parameter).copy_(tensors[f"momentum/{index}"])
-                self.optimizer.state[parameter]["momentum_buffer"] = momentum
+            if f"momentum/{index}" in tensors:  # in place: a captured step knows the address
+                momentum = self.optimizer.state[parameter]["momentum_buffer"]
+                momentum.copy_(tensors[f"momentum/{index}"])
 
     def gradient_norm(self) -> float | None:
         """Euclidean norm of the last step's gradient; it waits for the device.
