@@ -150,9 +150,19 @@ def tidy(axes: Axes, y_label: str, x_label: str = "epoch") -> None:
 def zoom(axes: Axes, accuracies: Iterable[float]) -> None:
     """Limits an accuracy axis to where most of a run happens; early epochs may lie below it."""
     values = sorted([*accuracies, TARGET_ACCURACY])
-    low, high = values[len(values) // 5], values[-1]
+    low, high = values[len(values) // 10], values[-1]
     margin = max(0.1 * (high - low), 0.05)
     axes.set_ylim(low - 3 * margin, min(high + 2 * margin, 100 + margin))
+
+
+def logarithmic(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def target_line(axes: Axes) -> None:
@@ -175,7 +185,7 @@ def curves(records: Records, title: str) -> Figure:
     target_line(grid[0, 0])
     splits = (name, "train")
     zoom(grid[0, 0], [record[f"{split}_accuracy"] for record in records for split in splits])
-    grid[0, 1].set_yscale("log")
+    logarithmic(grid[0, 1])
     grid[0, 0].legend(loc="lower right")
     grid[0, 1].legend(loc="upper right")
     figure.suptitle(title)
@@ -191,7 +201,7 @@ def rates(config: Config, records: Records) -> Figure:
     values = [learning_rate(config, step, steps_per_epoch) for step in steps]
     grid[0, 0].plot([step / steps_per_epoch for step in steps], values, color=TEST)
     grid[0, 0].set_ylim(0, max(values) * 1.05 or 1)
-    tidy(grid[0, 0], "learning rate (per step)", "epochs trained")
+    tidy(grid[0, 0], "learning rate", "epochs trained")
     return figure
 
 
@@ -199,7 +209,7 @@ def confusion(outcome: Outcome, name: str) -> Figure:
     """Images by label and prediction; the colour shows the errors, the diagonal has none."""
     matrix = outcome.confusion()
     errors = matrix.clone().fill_diagonal_(0)
-    figure, grid = new_figure(6.4, 6)
+    figure, grid = new_figure(6, 6)
     axes = grid[0, 0]
     highest = max(int(errors.max()), 1)
     axes.imshow(errors, cmap="Blues", vmin=0, vmax=highest * 1.3)
@@ -228,6 +238,7 @@ def misread(outcome: Outcome, name: str) -> Figure:
     ):
         label, guess = int(outcome.labels[position]), int(outcome.predictions[position])
         axes.imshow(image, cmap="gray_r", vmin=0, vmax=255)
+        axes.set_anchor("N")  # next to its title
         axes.set_title(f"{label} read as {guess}\n{100 * float(probability):.0f} % sure", size=9)
     which = "all" if count == outcome.errors else f"the {count} surest"
     figure.suptitle(f"{outcome.errors:,} {name} images misread, shown: {which}")
@@ -351,9 +362,9 @@ def compare(groups: dict[str, list[Run]]) -> Figure:
                 axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
     target_line(grid[0, 0])
     zoom(grid[0, 0], [a for runs in groups.values() for run in runs for a in run.accuracies()])
-    grid[0, 1].set_yscale("log")
     tidy(grid[0, 0], f"{names} accuracy (%)")
     tidy(grid[0, 1], f"{names} loss (nats)")
+    logarithmic(grid[0, 1])
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=1, frameon=False)
     return figure
