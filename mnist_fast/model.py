@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import torch
@@ -19,11 +20,49 @@ def conv(inputs: int, outputs: int, kernel: int, padding: int = 0) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=False)
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose masks are cheap on CPUs, where drawing a number per unit costs more than a
+    convolution; elsewhere it is torch's."""
+
+    def forward(self, units: Tensor) -> Tensor:
+        """Zeroes each unit with probability p and scales the others by 1 / (1 - p)."""
+        if units.device.type != "cpu" or not self.training or not self.p:
+            return super().forward(units)
+        return units * dropout_mask(units.detach(), self.p)
+
+
+@torch.library.custom_op("mnist_fast::dropout_mask", mutates_args=())
+def dropout_mask(units: Tensor, probability: float) -> Tensor:
+    """A mask in shape, type and layout of dense `units`: 0 with a probability, else 1 / (1 - it).
+
+    Walks from dropped unit to dropped unit: of independent trials the number of failures before
+    the next success is geometric, and that is the whole part of an exponential variable of rate
+    -log(1 - probability) (Devroye: Non-Uniform Random Variate Generation, 1986, X.2). The law is
+    the same as with one draw per unit, up to the 53 bits of a draw.
+    """
+    count, rate = units.numel(), -math.log1p(-probability)
+    mask = torch.full((count,), 1 / (1 - probability), dtype=units.dtype)
+    last = -1  # position of the last dropped unit so far
+    while last < count:
+        rest = count - last
+        draws = int(rest * probability + 4 * math.sqrt(rest * probability)) + 16  # rarely too few
+        gaps = torch.empty(draws, dtype=torch.float64).exponential_(rate).long()
+        positions = (gaps + 1).cumsum_(0).add_(last)
+        last = int(positions[-1])
+        mask[positions[: int(torch.searchsorted(positions, count))]] = 0
+    return mask.as_strided(units.shape, units.stride())
+
+
+@dropout_mask.register_fake
+def _(units: Tensor, probability: float) -> Tensor:
+    return torch.empty_like(units)
+
+
 def notebook_layers(dropout: float) -> list[nn.Module]:
     """The notebook's layers in its order, which differs from block to block; 7,640 parameters."""
 
     def drop() -> nn.Module:
-        return nn.Dropout(dropout)
+        return Dropout(dropout)
 
     return [
         *(conv(1, 8, 3), nn.BatchNorm2d(8), drop(), nn.ReLU()),
@@ -50,7 +89,7 @@ def record_layers(dropout: float) -> list[nn.Module]:
             conv(inputs, outputs, kernel, padding),
             nn.BatchNorm2d(outputs),
             nn.ReLU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
         ]
 
     return [
