@@ -18,4 +18,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     signals.install()  # before the slow imports: a request to stop may come at any time
-    sys.exit(run_main(main, "train.py"))
+    status = run_main(main, "train.py")
+    signals.ignore()  # the exit status is settled
+    sys.exit(status)

@@ -49,6 +49,12 @@ def leaving_at_once() -> Iterator[None]:
         _leave_at_once[0] = False
 
 
+def ignore() -> None:
+    """Ignores them from now on: Python's own end would otherwise be open to them again."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def forget() -> None:
     """Forgets earlier requests (for a second run in one process)."""
     _requested.clear()

@@ -39,12 +39,12 @@ fi
 
 cpus=${SLURM_CPUS_ON_NODE:-1}
 threads=$((cpus / PROCESSES_PER_NODE))
-export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+threads=$((threads > 0 ? threads : 1))
 "$PYTHON" -m accelerate.commands.accelerate_cli launch --config_file accelerate_config.yaml --mixed_precision no \
   --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \
   --num_processes $((SLURM_NNODES * PROCESSES_PER_NODE)) \
   --main_process_ip "$HEAD_ADDRESS" --main_process_port "$HEAD_PORT" \
-  train.py "$@" --data_dir "${local_data:-$local}" --run_dir "$RUN_DIR" &
+  train.py --threads "$threads" "$@" --data_dir "${local_data:-$local}" --run_dir "$RUN_DIR" &
 launcher=$!
 
 while kill -0 "$launcher" 2>/dev/null; do

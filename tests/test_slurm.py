@@ -11,7 +11,7 @@ from slurm_cluster import cluster, is_over  # noqa: F401
 
 SCRIPTS = ("train.sh", "seeds.sh", "sweep.sh")
 # Dropout, EMA and a smaller last batch: all that a resumed run has to get right.
-OPTIONS = (*helpers.QUICK, "--recipe", "notebook", "--ema_decay", "0.98")
+OPTIONS = (*helpers.QUICK, "--recipe", "notebook", "--ema_decay", "0.98", "--threads", "1")
 LIMIT = 300  # seconds for one job
 
 slow = pytest.mark.slow
