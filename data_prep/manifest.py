@@ -105,6 +105,8 @@ def check(folder: Path) -> Manifest:
     for split in manifest.splits().values():
         path = Path(folder) / split.file
         remedy = _remedy(folder, manifest.dataset)
+        if not path.is_file():
+            raise InputError(f"{path} is missing: {remedy}")
         try:
             with path.open("rb") as file:
                 size = path.stat().st_size
@@ -113,10 +115,8 @@ def check(folder: Path) -> Manifest:
                         f"{path} has {size:,} bytes but {split.bytes:,} in the manifest: {remedy}"
                     )
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        except FileNotFoundError:
-            raise InputError(f"{path} is missing: {remedy}") from None
         except OSError as error:
-            raise InputError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
+            raise InputError(f"{path} cannot be read: {error.strerror}") from None
         if sha256 != split.sha256:
             raise InputError(f"{path} is not what was written (its sha256 differs): {remedy}")
     return manifest

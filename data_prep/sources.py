@@ -211,7 +211,8 @@ def read_idx(path: Path, images: bool) -> tuple[NDArray[np.uint8], str]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise _bad(path, f"it is not a complete gzip file ({error})") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        fault = error.strerror or error
+        raise InputError(f"{path} cannot be read: {fault}: check its permissions") from None
 
 
 def _parse_idx(
@@ -287,7 +288,7 @@ def reach_mirror(report: Report) -> None:
             with urlopen(request, timeout=CONNECT_SECONDS - 2):
                 answers.put("")
         except Exception as error:
-            answers.put(str(error))
+            answers.put(str(error) or type(error).__name__)
 
     for mirror in MIRRORS:
         threading.Thread(target=ask, args=(mirror,), daemon=True).start()

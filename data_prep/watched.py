@@ -56,16 +56,8 @@ def run_watched(
     """
     reports, child_end = Pipe(duplex=False)
     with reports, child_end:
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__, target, json.dumps(list(arguments))]
-            + [str(child_end.fileno()), str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            process_group=0,
-            pass_fds=[child_end.fileno(), *held_files],
-            env=os.environ | _child_environment(),
-        )
+        command = [target, json.dumps(list(arguments)), str(child_end.fileno()), str(os.getpid())]
+        process = _start(command, [child_end.fileno(), *held_files])
         child_end.close()
         assert process.stderr is not None
         with process.stderr as stderr, _Tail(stderr) as tail:
@@ -83,11 +75,21 @@ def run_watched(
             return result
 
 
-def _child_environment() -> dict[str, str]:
-    return {
+def _start(arguments: list[str], open_files: list[int]) -> subprocess.Popen[bytes]:
+    """Starts `_main` below in a new interpreter: a fork would inherit threads and a GPU's state."""
+    environment = {
         "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path),
         "CUDA_VISIBLE_DEVICES": "",  # FFCV's loader would take memory of a GPU that it sees
     }
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        process_group=0,
+        pass_fds=open_files,
+        env=os.environ | environment,
+    )
 
 
 def _follow(
