@@ -214,9 +214,20 @@ def open_experiment(options: Sequence[str], runs: Path, prefix: str = "") -> Exp
 
 
 def train_seeds(
-    experiment: Experiment, seeds: Sequence[int], side_by_side: bool, choices: argparse.Namespace
+    experiment: Experiment,
+    seeds: Sequence[int],
+    side_by_side: bool,
+    choices: argparse.Namespace,
+    watch: Callable[[Job], None] | None = None,
 ) -> None:
     """Trains the seeds that are not finished.
+
+    Args:
+        experiment: what is trained.
+        seeds: all that are wanted.
+        side_by_side: whether one program trains them all.
+        choices: parallel, group, seed_timeout and time_limit, as `build_parser` names them.
+        watch: see `run_jobs`; by default finished seeds are told.
 
     Raises:
         RunError: some failed.
@@ -244,7 +255,7 @@ def train_seeds(
                 print(f"seed {seed}: {summary[accuracy_key(summary)]:.2f} %", flush=True)
 
     deadline = time.monotonic() + choices.time_limit
-    failures = run_jobs(jobs, slots, deadline, tell)
+    failures = run_jobs(jobs, slots, deadline, watch or tell)
     if failures:
         raise RunError("; ".join(failures))
 
@@ -261,17 +272,24 @@ def work(folder: Path, seeds: Sequence[int], options: Sequence[str]) -> None:
     from mnist_fast.many import train_many
     from mnist_fast.tracking import write_atomically
 
-    def stop_on_request(_epoch: int, _records: Any) -> None:
+    def run_dir(seed: int) -> Path:
+        return folder / f"seed-{seed}"
+
+    def note(_epoch: int, records: list[dict[str, Any]]) -> None:
         if signals.requested() is not None:
             raise Stopped("stopped on request")
+        for record in records:
+            with (run_dir(record["seed"]) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
-    summaries, _ = train_many(load(options), seeds, stop_on_request)
+    for seed in seeds:
+        run_dir(seed).mkdir(parents=True, exist_ok=True)
+        (run_dir(seed) / "metrics.jsonl").unlink(missing_ok=True)
+    summaries, _ = train_many(load(options), seeds, note)
     for summary in summaries:
-        path = folder / f"seed-{summary['seed']}" / "summary.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        records = "".join(json.dumps(record) + "\n" for record in summary.pop("records"))
-        write_atomically(path.with_name("metrics.jsonl"), records)
-        write_atomically(path, json.dumps(summary, indent=2) + "\n")
+        del summary["records"]
+        text = json.dumps(summary, indent=2) + "\n"
+        write_atomically(run_dir(summary["seed"]) / "summary.json", text)
 
 
 def accuracy_key(summary: dict[str, Any]) -> str:
