@@ -15,6 +15,7 @@ SPLITS = ("train", "test")
 CLASSES = 10
 IMAGE_SHAPE = (1, 28, 28)
 MANIFEST_NAME = "manifest.json"
+_CHECKSUM = "checksum"  # key of the manifest's own
 _MAX_BYTES = 1_000_000  # of a manifest.json, which has about 2,000
 
 
@@ -72,8 +73,10 @@ class Manifest:
         return {name: getattr(self, name) for name in SPLITS}
 
     def to_json(self) -> str:
-        """The text of `manifest.json`."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        """The text of `manifest.json`; the checksum in it is that of the other keys."""
+        document = asdict(self)
+        checksum = hashlib.sha256(json.dumps(document).encode()).hexdigest()
+        return json.dumps(document | {_CHECKSUM: checksum}, indent=2) + "\n"
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -86,7 +89,10 @@ def load_manifest(folder: Path) -> Manifest:
     try:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES)
-        return _manifest(json.loads(content))
+        manifest = _manifest(json.loads(content))
+        if manifest.to_json().encode() != content:
+            raise ValueError("it is not as it was written")
+        return manifest
     except FileNotFoundError:
         raise InputError(f"{path} is missing: {_remedy(folder)}") from None
     except OSError as error:
@@ -138,6 +144,7 @@ def _manifest(document: Any) -> Manifest:
         raise ValueError("not a JSON object")
     if document.get("format") != FORMAT:
         raise ValueError(f"format {document.get('format')!r} instead of {FORMAT}")
+    document = {key: value for key, value in document.items() if key != _CHECKSUM}
     _require_keys(document, Manifest, "")
     _require(document["dataset"] in ("mnist", "digits"), "dataset")
     _require(isinstance(document["published"], bool), "published")
