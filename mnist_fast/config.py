@@ -83,6 +83,10 @@ class Config:
     threads: int = option(
         0, "CPU threads per process; 0 shares this machine's CPUs among its processes"
     )
+    profile: bool = option(
+        False,
+        "write RUN_DIR/profile/: a trace of 8 steps for Perfetto, and the costliest operations",
+    )
     process_timeout: int = option(300, "seconds after which a process that waits for others fails")
     data_dir: str | None = option(None, "folder of the betons (default: data/betons/DATASET)")
     run_dir: str | None = option(None, "folder of this run (default: a new one, runs/NAME)")

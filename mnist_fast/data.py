@@ -176,21 +176,49 @@ def open_loader(path: Path, batch_size: int, device: torch.device) -> Any:
 
     to_device = [ToDevice(device, non_blocking=True)] if device.type != "cpu" else []
     try:
-        loader = Loader(
-            str(path),
-            batch_size=batch_size,
-            num_workers=1,
-            order=OrderOption.SEQUENTIAL,
-            drop_last=False,
-            pipelines={
-                "image": [NDArrayDecoder(), ToTensor(), *to_device],
-                "label": [IntDecoder(), ToTensor(), *to_device, Squeeze(1)],
-            },
-        )
+        with lean_tables():
+            loader = Loader(
+                str(path),
+                batch_size=batch_size,
+                num_workers=1,
+                order=OrderOption.SEQUENTIAL,
+                drop_last=False,
+                pipelines={
+                    "image": [NDArrayDecoder(), ToTensor(), *to_device],
+                    "label": [IntDecoder(), ToTensor(), *to_device, Squeeze(1)],
+                },
+            )
     finally:
         torch.set_num_threads(threads)
     loader.num_workers = min(threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     return loader
+
+
+@contextlib.contextmanager
+def lean_tables() -> Iterator[None]:
+    """FFCV loaders that are made inside keep about 100 bytes per image in memory.
+
+    FFCV's own page manager builds dictionaries of sets for every sample, gigabytes for millions of
+    images, that only another manager reads; and its reader keeps a table that nobody reads again.
+    """
+    from ffcv.loader import loader as module
+    from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
+
+    class LeanManager(OSCacheManager):
+        def __init__(self, reader: Any):
+            self.reader = reader
+            pointers, sizes = reader.alloc_table["ptr"], reader.alloc_table["size"]
+            order = slice(None) if np.all(pointers[1:] >= pointers[:-1]) else np.argsort(pointers)
+            self.ptrs = np.ascontiguousarray(pointers[order])
+            self.sizes = np.ascontiguousarray(sizes[order])
+            reader.alloc_table = None
+            self.context = OSCacheContext(self)
+
+    module.OSCacheManager = LeanManager
+    try:
+        yield
+    finally:
+        module.OSCacheManager = OSCacheManager
 
 
 def read_batches(loader: Any, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data_prep import betons
-from mnist_fast import checkpoint, progress, report, run_folder, signals
+from mnist_fast import checkpoint, profiling, progress, report, run_folder, signals
 from mnist_fast.augment import MEAN, SD, augment, derive_key
 from mnist_fast.checkpoint import Checkpoint
 from mnist_fast.config import Config
@@ -60,6 +61,7 @@ class Training:
         self.position = Position()
         self.tracker = Tracker(config, self.runtime, self.folder)
         self.startup_seconds = 0.0
+        self.after_step: Callable[[], None] = lambda: None
 
     def _open_data(self) -> tuple[ResidentFeed | StreamFeed, tuple[Tensor, Tensor, int]]:
         """The training feed; this process's share of the evaluation set, and the set's size."""
@@ -111,12 +113,17 @@ class Training:
             if self.runtime.is_main and not self.position.records:
                 layers = list(layer_table(build_network(self.config.network)))
                 self.tracker.log_inputs(self.samples(), layers, self.betons / "manifest.json")
-            while self.position.epoch < self.config.epochs:
-                self.run_epoch()
+            with profiling.profile(self._profile_folder(), self.say) as self.after_step:
+                while self.position.epoch < self.config.epochs:
+                    self.run_epoch()
             summary = self.conclude()
         finally:
             self.tracker.close(exit_code=1)
         return summary
+
+    def _profile_folder(self) -> Path | None:
+        wanted = self.config.profile and self.runtime.is_main
+        return self.folder / "profile" if wanted else None
 
     def run_epoch(self) -> None:
         """Trains one epoch (or its rest), evaluates, records, saves."""
@@ -146,6 +153,7 @@ class Training:
         for batch in self.progress(batches, sharding.steps):
             rate = learning_rate(config, position.global_step, sharding.steps)
             self.step(batch, rate)
+            self.after_step()
             position.step += 1
             position.global_step += 1
             if not self.startup_seconds:

@@ -1,0 +1,49 @@
+"""`--profile`: a trace of a few training steps, and the operations that cost most."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SKIPPED, WARM_UP, STEPS = 3, 2, 8  # steps before the trace, the profiler's own, and in the trace
+ROWS = 10
+
+
+@contextlib.contextmanager
+def profile(folder: Path | None, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Profiles the steps of a run that are taken inside; yields what to call after each step.
+
+    Writes `trace.json`, which https://ui.perfetto.dev and chrome://tracing open, and
+    `operations.txt`, the ten costliest operations by their own time on the device.
+
+    Args:
+        folder: where the files go; None: nothing is profiled.
+        say: prints the table.
+    """
+    if folder is None:
+        yield lambda: None
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    written = False
+
+    def write(profiler: Any) -> None:
+        nonlocal written
+        written = True
+        folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        device = "device" if torch.cuda.is_available() else "cpu"
+        averages = profiler.key_averages()
+        averages[:] = [row for row in averages if not row.key.startswith("ProfilerStep")]
+        table = averages.table(sort_by=f"self_{device}_time_total", row_limit=ROWS)
+        (folder / "operations.txt").write_text(table, encoding="utf-8")
+        say(f"{table}\nprofile of {STEPS} steps: {folder}")
+
+    plan = torch.profiler.schedule(wait=SKIPPED, warmup=WARM_UP, active=STEPS, repeat=1)
+    with torch.profiler.profile(activities=activities, schedule=plan, on_trace_ready=write) as run:
+        yield run.step
+    if not written:
+        say(f"no profile: it takes {SKIPPED + WARM_UP + STEPS} steps")
