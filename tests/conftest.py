@@ -6,6 +6,10 @@ from pathlib import Path
 import helpers
 import pytest
 
+# Batches here are too small to share among threads, which would only wait for each other on a busy
+# machine. Torch reads this when it is imported; `helpers.launch` does not hand it on.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte") + (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
