@@ -27,9 +27,8 @@ from mnist_fast.loop import open_betons
 from mnist_fast.model import CLASSES, Network, build_network, count_parameters
 from mnist_fast.runtime import Runtime, device_name
 from mnist_fast.schedule import learning_rate
-from mnist_fast.step import build_optimizer, floats
+from mnist_fast.step import CudaGraph, build_optimizer, floats
 
-WARM_UP_STEPS = 3  # before a capture: kernels are chosen and compiled, buffers come to be
 Pair = tuple[Tensor, Tensor]  # images uint8 (n, 1, 28, 28) and labels int64 (n,)
 Records = list[dict[str, Any]]
 
@@ -102,7 +101,10 @@ class SideBySide:
         averaged: its exponential moving average, or None.
         totals: float64 (N, 2) on the device: each network's sum of losses and correct predictions
             in the current epoch.
+        captures: whether whole steps are captured in a graph: on GPUs.
     """
+
+    graph_type: Any = CudaGraph
 
     def __init__(self, config: Config, seeds: Sequence[int], runtime: Runtime, train: Pair):
         self.config, self.seeds, self.runtime = config, list(seeds), runtime
@@ -130,6 +132,7 @@ class SideBySide:
         self._graphs: dict[bool, Any] = {}
         if device.type == "cuda":
             self._forward = torch.compile(self._losses, dynamic=False)
+        self.captures = device.type == "cuda"
 
     def _build(self, seed: int) -> Network:
         self.runtime.seed(seed)
@@ -148,7 +151,7 @@ class SideBySide:
         self.totals.zero_()
         self.network.train()
         full, rest = divmod(self.sharding.samples, self.config.batch_size)
-        step = self._captured() if self.runtime.device.type == "cuda" else self._step
+        step = self._captured() if self.captures else self._step
         for _ in range(full):
             step()
         if rest and not self.config.drop_last:
@@ -163,11 +166,12 @@ class SideBySide:
         whole = not size
         size = size or self.config.batch_size
         positions = self._position + torch.arange(size, device=self._position.device)
-        rows = self._order.index_select(1, positions)
+        # the steps before a capture may run over the end of a short epoch
+        rows = self._order.index_select(1, positions % len(self.labels))
         forward = self._forward if whole else self._forward_rest
         losses, hits = forward(self._inputs(rows, positions), self.labels[rows].t())
         (losses.sum() / size).backward()  # no network's weights touch another's loss
-        self._rate.copy_(self._rates.index_select(0, self._step_number)[0])
+        self._rate.copy_(self._rates.index_select(0, self._step_number % len(self._rates))[0])
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.totals += torch.stack([losses.detach(), hits], dim=1)
@@ -203,34 +207,35 @@ class SideBySide:
     def _captured(self) -> Callable[[], None]:
         """The step as a CUDA graph, captured at its first use; with or without augmentation."""
         if self._augmented not in self._graphs:
-            with self._nothing_happened():
-                stream = torch.cuda.Stream()
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    for _ in range(WARM_UP_STEPS):
-                        self._step()
-                torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._step()
-            self._graphs[self._augmented] = graph
+            with self._nothing_happened():  # to the weights: a capture is preceded by real steps
+                self._graphs[self._augmented] = self.graph_type(self._step)
         return self._graphs[self._augmented].replay
 
     @contextlib.contextmanager
     def _nothing_happened(self) -> Iterator[None]:
-        """Undoes the steps taken within; a momentum that came to be there is 0 afterwards."""
+        """Undoes the steps taken within; the optimiser's tensors that came to be are then 0."""
         averaged = self.averaged.state_dict() if self.averaged else {}
         counters = [self.totals, self._step_number, self._position]
         tensors = [*self.network.state_dict().values(), *averaged.values(), *counters]
-        momenta = {p: state["momentum_buffer"].clone() for p, state in self.optimizer.state.items()}
-        kept = [tensor.clone() for tensor in tensors]
-        with torch.random.fork_rng():
+        kept = [tensor.clone() for tensor in [*tensors, *self._optimizer_tensors().values()]]
+        before = len(self._optimizer_tensors())
+        devices = [self.runtime.device] if self.runtime.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
             yield
+        after = list(self._optimizer_tensors().values())
         with torch.no_grad():
-            torch._foreach_copy_(tensors, kept)
-            for parameter, state in self.optimizer.state.items():
-                if state.get("momentum_buffer") is not None:
-                    state["momentum_buffer"].copy_(momenta.get(parameter, torch.zeros(())))
+            torch._foreach_copy_([*tensors, *after[:before]], kept)
+            for tensor in after[before:]:
+                tensor.zero_()
+
+    def _optimizer_tensors(self) -> dict[tuple[int, str], Tensor]:
+        """Momentum buffers and the like, by parameter and name."""
+        return {
+            (index, name): value
+            for index, state in enumerate(self.optimizer.state.values())
+            for name, value in state.items()
+            if isinstance(value, Tensor)
+        }
 
     @torch.inference_mode()
     def evaluate(self, images: Tensor, labels: Tensor) -> Tensor:

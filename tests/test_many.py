@@ -137,19 +137,35 @@ def test_a_step_keeps_its_buffers(small_betons, runtime):
     assert addresses() == before
 
 
-def test_warm_up_leaves_no_trace(runtime):
-    images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
-    labels = torch.randint(0, 10, (64,))
-    config = dataclasses.replace(FAST, batch_size=16)
-    states = []
-    for warm_ups in (0, 2):
+class Graph:
+    """Stands in for a CUDA graph: runs the work before, as a capture does, and in every replay."""
+
+    made = 0
+
+    def __init__(self, work):
+        Graph.made += 1
+        for _ in range(3):
+            work()
+        self.replay = work
+
+
+def test_a_capture_leaves_no_trace(runtime, monkeypatch):
+    """Weights, averages, momenta and counters after two epochs are those without any capture."""
+    images = torch.randint(0, 256, (40, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (40,))
+    config = dataclasses.replace(FAST, batch_size=16, ema_decay=0.5)
+    monkeypatch.setattr(SideBySide, "graph_type", Graph)
+    results = []
+    for captures in (False, True):
         together = SideBySide(config, SEEDS, runtime, (images, labels))
-        with together._nothing_happened():
-            for _ in range(warm_ups):
-                together._step()
-        together.train_epoch(0, together.orders(0))
-        states.append(together.network.state_dict())
-    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+        together.captures = captures
+        for epoch in range(2):
+            together.train_epoch(epoch, together.orders(epoch))
+        momenta = together._optimizer_tensors()
+        results.append([*together.network.state_dict().values(), *momenta.values()])
+        results[-1] += [*together.averaged.state_dict().values(), together.totals]
+    assert Graph.made == 2  # with and without augmentation
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
 def test_divergence_is_told(small_betons, in_process):
