@@ -5,7 +5,7 @@
 #   sbatch --nodes=4 --gpus-per-node=8 slurm/train.sh --recipe fast --epochs 30
 #
 # Two minutes before the time limit the run saves a checkpoint and stops, and the job is queued again; there it goes on.
-# Exit status: 0 the run is finished, 2 bad usage, configuration or data, anything else a failure.
+# Exit status: 0 the run is finished, 2 options, data or head node were refused, anything else a failure.
 #
 # From the environment: PYTHON (default .venv/bin/python), PROCESSES_PER_NODE (default: one per GPU, or one),
 # MAX_REQUEUES (default 10), SRUN_OPTIONS (further words for srun). slurm/site.sh is read first if there is one: see

@@ -412,9 +412,12 @@ def test_a_port_in_use(options, tmp_path):
         server.listen()
         where = ("--run_dir", tmp_path / "run", "--process_timeout", "15")
         with started_ranks(tmp_path, port, *options, *where) as processes:
-            assert [process.wait() for process in processes] == [1, 1]
-            assert f"port {port} is in use" in processes[0].errors()[0]
-            assert all("Traceback" not in process.said() for process in processes)
+            first = processes[
+                0
+            ]  # the other talks to whoever has the port, until a launcher ends it
+            assert first.wait() == 1
+            assert f"port {port} is in use" in first.errors()[0]
+            assert "Traceback" not in first.said()
 
 
 def test_a_batch_that_two_processes_cannot_share(options, tmp_path):
