@@ -58,6 +58,11 @@ getent hosts "${HEAD_ADDRESS:=$head}" >/dev/null || fail "the head node $HEAD_AD
 HEAD_PORT=$((10000 + SLURM_JOB_ID % 20000))
 while (: <"/dev/tcp/127.0.0.1/$HEAD_PORT") 2>/dev/null; do HEAD_PORT=$((HEAD_PORT + 1)); done
 
+# Queued again, it goes on from its own checkpoints, whatever --resume said the first time.
+if ((${SLURM_RESTART_COUNT:-0})) && compgen -G "$RUN_DIR/checkpoints/step-*" >/dev/null; then
+  set -- "$@" --resume auto
+fi
+
 PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 STOP_FILE=$RUN_DIR/.stop-$SLURM_JOB_ID
 rm -f "$STOP_FILE"

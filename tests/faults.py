@@ -29,7 +29,7 @@ def _train(arguments, log, folder, environment, tamper):
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
-    os.setpgid(0, 0)
+    os.setsid()
     os.environ.update(environment)
     os.chdir(folder)
     sys.path.insert(0, str(helpers.ROOT))
