@@ -166,6 +166,7 @@ class Runtime:
 
     def start_tracker(self, project: str, settings: dict[str, Any]) -> Any:
         """Starts Accelerate's W&B tracker and returns the W&B run; main process only."""
+        self.accelerator.trackers.clear()  # one that failed to start would be started again
         self.accelerator.init_trackers(project, init_kwargs={"wandb": settings})
         return self.accelerator.get_tracker("wandb", unwrap=True)
 
