@@ -161,10 +161,7 @@ class Tracker:
         if self._run is None:
             return
         run, self._run = self._run, None
-        thread = threading.Thread(target=_finish_quietly, args=(run, exit_code), daemon=True)
-        thread.start()
-        thread.join(FINISH_TIMEOUT)
-        if thread.is_alive():
+        if not _bounded(lambda: run.finish(exit_code=exit_code), FINISH_TIMEOUT):
             self._say("W&B does not answer; its files are kept, upload them with `wandb sync`")
 
     def _passes(self, record: dict[str, Any]) -> bool:
@@ -191,6 +188,7 @@ class Tracker:
                 break
             except Exception as error:  # whatever W&B raises, training goes on
                 self._say(f"W&B {attempt} failed: {_first_line(error)}")
+                _bounded(wandb.teardown, INIT_TIMEOUT)  # else the run's id stays in use
         if self._run is None:
             self._say(f"training goes on without W&B; metrics are in {self.folder}")
             return
@@ -347,6 +345,14 @@ def _has_key(wandb: Any) -> bool:
     return False
 
 
-def _finish_quietly(run: Any, exit_code: int) -> None:
-    with contextlib.suppress(Exception):
-        run.finish(exit_code=exit_code)
+def _bounded(action: Callable[[], object], seconds: float) -> bool:
+    """Calls W&B and whatever it raises is no matter; False if it has not returned in time."""
+
+    def act() -> None:
+        with contextlib.suppress(Exception):
+            action()
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
