@@ -32,8 +32,9 @@ from mnist_fast.config import Config, load  # noqa: E402
 from mnist_fast.errors import InputError, RunError, Stopped, run_main  # noqa: E402
 
 GRACE = 60.0  # seconds that a run has for its checkpoint when it is asked to stop
-# choices that do not change what is learned
-ASIDE = {"seed", "data_dir", "run_dir", "resume", "wandb", "process_timeout", "checkpoint_every"}
+# choices that do not change what is learned, beside W&B's
+ASIDE = {"seed", "data_dir", "run_dir", "resume", "process_timeout", "checkpoint_every"}
+ASIDE |= {"threads", "profile"}
 
 
 @dataclasses.dataclass
@@ -207,10 +208,16 @@ def open_experiment(options: Sequence[str], runs: Path, prefix: str = "") -> Exp
     config = load(options)
     if not any(word.split("=")[0] == "--wandb" for word in options):
         options = [*options, "--wandb", "disabled"]
-    key = json.dumps({k: v for k, v in config.as_dict().items() if k not in ASIDE})
+    key = json.dumps(what_is_learned(config))
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     folder = runs / f"{prefix}{config.recipe}-{digest}"
     return Experiment(config, list(options), folder.resolve())
+
+
+def what_is_learned(config: Config) -> dict[str, Any]:
+    """The choices that the result depends on; none of them is a path."""
+    named = config.as_dict().items()
+    return {k: v for k, v in named if k not in ASIDE and not k.startswith("wandb")}
 
 
 def train_seeds(
@@ -325,11 +332,14 @@ def make_report(experiment: Experiment, seeds: Sequence[int]) -> dict[str, Any]:
     first = summaries[0]
     accuracy = accuracy_key(first)
     loss = accuracy.replace("accuracy", "loss")
-    kept = {k: v for k, v in experiment.config.as_dict().items() if k not in ASIDE}
     together = first.get("side_by_side")
     commits = {str(summary["git_commit"]) for summary in summaries if summary.get("git_commit")}
+    translated = f"{accuracy}_tta"
+    apart = {}
+    if translated in first:  # never mixed with the plain forward pass
+        apart["accuracy_tta"] = statistics([summary[translated] for summary in summaries])
     return {
-        "config": kept,
+        "config": what_is_learned(experiment.config),
         "dataset": first["dataset"],
         "parameters": first["parameters"],
         "device": first["device"],
@@ -341,6 +351,7 @@ def make_report(experiment: Experiment, seeds: Sequence[int]) -> dict[str, Any]:
         "accuracy": statistics([summary[accuracy] for summary in summaries]),
         "loss": statistics([summary[loss] for summary in summaries]),
         "train_seconds": statistics([s["train_seconds"] / (together or 1) for s in summaries]),
+        **apart,
         "wall_seconds_of_all": experiment.wall_seconds(),
         "runs": [
             {"seed": s["seed"], "accuracy": s[accuracy], "loss": s[loss]}
@@ -357,8 +368,11 @@ def format_report(report: dict[str, Any]) -> str:
         "accuracy": f"{report['evaluated_on']} accuracy, %",
         "loss": f"{report['evaluated_on']} loss",
         "train_seconds": "training per seed, s",
+        "accuracy_tta": "  with translations, %",
     }
     for key, name in names.items():
+        if key not in report:
+            continue
         s = report[key]
         sd = "" if s["sd"] is None else f"{s['sd']:.4f}"
         interval = "" if s["ci95"] is None else "{:.4f} to {:.4f}".format(*s["ci95"])

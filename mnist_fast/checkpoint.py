@@ -269,6 +269,7 @@ def _is_record(record: Any, epoch: int) -> bool:
 # What may differ between a run and its continuation without changing the training.
 FREE = {
     *("data_dir", "run_dir", "resume", "feed", "process_timeout", "checkpoint_every", "profile"),
+    "tta",
     *("wandb", "wandb_project", "wandb_entity", "wandb_name"),
     *("wandb_group", "wandb_job_type", "wandb_tags", "wandb_notes"),
     *("precision", "step"),  # what they resolved to is compared

@@ -68,6 +68,13 @@ class Config:
     contrast: float = option(0.0, "contrast factor, uniform in 1 +- this")
     plain_epochs: int = option(0, "last epochs that are trained without augmentation")
 
+    # Evaluation
+    tta: int = option(
+        0,
+        "pixels: also evaluate the mean over all translations by up to so many, at the end and "
+        "apart (test_accuracy_tta); 0 is off",
+    )
+
     # How it runs
     precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "auto", "mixed precision; auto is bf16 where the hardware has it, or what the launcher set"
@@ -148,6 +155,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "brightness": (0, 1),
     "contrast": (0, 1),
     "plain_epochs": (0, 100_000),
+    "tta": (0, 8),
     "threads": (0, 4_096),
     "process_timeout": (1, 86_400),
     "checkpoint_every": (0, 100_000),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,8 +42,24 @@ def predict(network: Network, images: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def predict_translated(network: Network, images: Tensor, pixels: int) -> Tensor:
+    """As `predict`, of the mean probability over all translations by up to so many whole pixels.
+
+    These are (2 pixels + 1)**2 forward passes; what moves in from outside is black.
+    """
+    size, span = images.shape[-1], range(2 * pixels + 1)
+    padded = F.pad(images, (pixels,) * 4)
+    parts = [predict(network, padded[..., y : y + size, x : x + size]) for y in span for x in span]
+    return torch.stack(parts).logsumexp(0) - math.log(len(parts))
+
+
 def evaluate(
-    network: Network, images: Tensor, labels: Tensor, runtime: Runtime, expected: int
+    network: Network,
+    images: Tensor,
+    labels: Tensor,
+    runtime: Runtime,
+    expected: int,
+    translations: int = 0,
 ) -> Evaluation:
     """Evaluates this process's images and sums over all processes.
 
@@ -52,13 +69,17 @@ def evaluate(
         labels: int64 (n,).
         runtime: the processes.
         expected: images over all processes.
+        translations: pixels, see `predict_translated`; 0 is the plain forward pass.
 
     Raises:
         RunError: another number of images was counted.
     """
     totals = torch.zeros(3, dtype=torch.float64, device=images.device)
     if len(labels):
-        scores = predict(network, images)
+        if translations:
+            scores = predict_translated(network, images, translations)
+        else:
+            scores = predict(network, images)
         totals[0] = F.nll_loss(scores, labels, reduction="sum")
         totals[1] = (scores.argmax(1) == labels).sum()
         totals[2] = len(labels)

@@ -270,11 +270,22 @@ class Training:
             f"best_{held_out}_accuracy": best[f"{held_out}_accuracy"],
             "best_epoch": best["epoch"],
             f"{held_out}_images": self.evaluation_set[2],
+            **self.evaluate_translated(held_out),
             "train_seconds": train_seconds,
             "startup_seconds": self.startup_seconds,
             "images_per_second": images / train_seconds,
             "versions": versions(),
         }
+
+    def evaluate_translated(self, held_out: str) -> dict[str, float]:
+        """Accuracy and loss with test-time translations, under names of their own."""
+        pixels = self.config.tta
+        if not pixels:
+            return {}
+        images, labels, count = self.evaluation_set
+        network = self.step.best_network()
+        found = evaluate(network, images, labels, self.runtime, count, pixels)
+        return {f"{held_out}_accuracy_tta": found.accuracy, f"{held_out}_loss_tta": found.loss}
 
     def save(self) -> None:
         """Writes a checkpoint; every process hands in its own state."""

@@ -279,12 +279,14 @@ def train_many(
         trained networks. `train_seconds` are those of all seeds together.
 
     Raises:
-        InputError: bad configuration or data; several processes; fp16.
+        InputError: bad configuration or data; several processes; fp16; tta.
         RunError: no network has a finite loss left.
     """
     runtime = Runtime(config)
     if runtime.world_size > 1 or runtime.precision == "fp16":
         raise InputError("seeds side by side train in one process and in bf16 or float32")
+    if config.tta:
+        raise InputError("--tta is not there for seeds side by side: --side_by_side false")
     started = time.perf_counter()
     train, evaluation, dataset = read_data(config, runtime)
     together = SideBySide(config, seeds, runtime, train)
