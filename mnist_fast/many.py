@@ -247,7 +247,7 @@ class SideBySide:
         """
         network = (self.network if self.averaged is None else self.averaged).eval()
         totals = torch.zeros_like(self.totals)
-        size = max(1, 4 * BATCH // len(self.seeds))
+        size = max(1, 8 * BATCH // len(self.seeds))
         for part, truth in zip(images.split(size), labels.split(size), strict=True):
             same = normalise(scale_pixels(part)).expand(-1, len(self.seeds), -1, -1)
             scores = network(same.contiguous(memory_format=torch.channels_last))
