@@ -183,3 +183,33 @@ def test_side_by_side_to_report(small_betons, in_process, tmp_path, monkeypatch,
     assert str(small_betons) not in text
     assert (tmp_path / "seeds-x.png").stat().st_size > 1000
     assert "n = 2 seeds, last epoch" in capsys.readouterr().out
+
+
+def test_comparison_tells_both_times_and_distributions(tmp_path, monkeypatch, capsys):
+    """With stand-ins for the runs: 4 s of training each alone, all in 8 s side by side."""
+
+    def stand_in(jobs, *_):
+        for job in jobs:
+            together = len(job.seeds) > 1
+            for seed in job.seeds:
+                folder = job.log.parent / f"seed-{seed}"
+                folder.mkdir(parents=True)
+                summary = {"test_accuracy": 99.5 + seed / 100, "test_loss": 0.02, "best_epoch": 1}
+                summary |= {"dataset": "mnist", "parameters": 7640, "device": "GPU", "seed": seed}
+                summary |= {"precision": "bf16", "train_seconds": 8.0 if together else 4.0}
+                summary |= {"side_by_side": len(job.seeds)} if together else {}
+                (folder / "summary.json").write_text(json.dumps(summary))
+            job.log.with_suffix(".seconds").write_text("20" if together else "10")
+        return []
+
+    monkeypatch.setattr(seeds, "run_jobs", stand_in)
+    monkeypatch.setattr(seeds, "count_gpus", lambda: 1)
+    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--name", "x"]
+    monkeypatch.setattr(sys, "argv", ["x", "--compare_side_by_side", "--seeds", "6", *folders])
+    assert seeds.main() == 0
+    report = json.loads((tmp_path / "side-by-side-x.json").read_text())["comparison"]
+    assert report["train_seconds"] == pytest.approx([24.0, 8.0])
+    assert report["train_speedup"] == pytest.approx(3.0)
+    assert report["wall_seconds"] == pytest.approx([60.0, 20.0])
+    assert report["welch_p"] == pytest.approx(1.0)
+    assert "3.00 times as fast" in capsys.readouterr().out
