@@ -1,0 +1,220 @@
+"""All step modes compute the same training; capture's own logic, with a graph for any device."""
+
+import dataclasses
+import sys
+
+import helpers
+import pytest
+import torch
+
+from mnist_fast import step as step_module
+from mnist_fast.config import Config
+from mnist_fast.data import Batch, ResidentFeed, Sharding
+from mnist_fast.errors import InputError
+from mnist_fast.model import build_network
+from mnist_fast.step import TrainingStep, resolve_mode
+
+SHARDING = Sharding(76, 16, drop_last=False)  # 4 batches of 16 and one of 12
+LONG = Config(epochs=15, step="auto")
+CONFIG = Config(
+    epochs=3,
+    batch_size=16,
+    step="captured",
+    plain_epochs=1,
+    dropout=0.1,
+    ema_decay=0.5,
+    nesterov=True,
+    weight_decay=1e-3,
+    label_smoothing=0.1,
+    rotation=15,
+    translate=0.1,
+    brightness=0.3,
+)
+
+
+class Rerun:
+    """What `CudaGraph` is to the GPU: runs the work as often before, and again in each replay."""
+
+    made = 0
+
+    def __init__(self, work):
+        Rerun.made += 1
+        self.replay = work
+        for _ in range(step_module.WARM_UPS + 1):
+            work()
+
+
+@pytest.fixture
+def rerun(monkeypatch):
+    """Lets CPUs capture, with uncompiled kernels: then the modes agree to the last bit."""
+    monkeypatch.setattr(step_module, "resolve_mode", lambda config, *_: config.step)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(TrainingStep, "graph_type", Rerun)
+    monkeypatch.setattr(Rerun, "made", 0)
+
+
+@pytest.fixture
+def pool():
+    torch.manual_seed(3)
+    return torch.randint(0, 256, (76, 1, 28, 28), dtype=torch.uint8), torch.randint(0, 10, (76,))
+
+
+class CopyingFeed(ResidentFeed):
+    """Batches as the stream feed has them: whole tensors at new addresses."""
+
+    def example(self):
+        images, labels = super().example().gather()
+        return Batch(torch.zeros_like(images), torch.zeros_like(labels), None, 0, 16)
+
+    def epoch(self, epoch, first_step=0):
+        for batch in super().epoch(epoch, first_step):
+            yield Batch(*batch.gather(), None, batch.position, batch.global_size)
+
+
+def train(config, runtime, feed, epochs=3):
+    """Trains; returns the step, and each epoch's totals and gradient norm."""
+    torch.manual_seed(0)
+    step = TrainingStep(config, build_network("notebook", config.dropout), runtime, feed.sharding)
+    step.warm_up(feed.example())
+    seen = []
+    for epoch in range(epochs):
+        step.start_epoch(epoch)
+        for number, batch in enumerate(feed.epoch(epoch)):
+            step(batch, 0.01 * (1 + number + epoch))
+        seen.append((*step.totals.tolist(), step.gradient_norm()))
+    return step, seen
+
+
+@pytest.mark.parametrize("feed_type", [ResidentFeed, CopyingFeed])
+@pytest.mark.parametrize("choices", [{}, {"momentum": 0.0, "nesterov": False, "ema_decay": 0.0}])
+def test_captured_trains_as_eager_does_to_the_last_bit(rerun, runtime, pool, feed_type, choices):
+    config = dataclasses.replace(CONFIG, **choices)
+    feed = feed_type(*pool, SHARDING, 1)
+    captured, ours = train(config, runtime, feed)
+    eager, theirs = train(dataclasses.replace(config, step="eager"), runtime, feed)
+    assert Rerun.made == 2  # with and without augmentation
+    assert ours == theirs
+    assert captured.state().keys() == eager.state().keys()
+    for name, tensor in captured.state().items():
+        assert torch.equal(tensor, eager.state()[name]), name
+
+
+def test_without_a_smaller_batch_every_step_is_a_replay(rerun, runtime, pool, monkeypatch):
+    whole = Sharding(76, 16, drop_last=True)
+    feed = ResidentFeed(*pool, whole, 1)
+    torch.manual_seed(0)
+    step = TrainingStep(CONFIG, build_network("notebook", 0.1), runtime, whole)
+    step.warm_up(feed.example())
+    monkeypatch.setattr(step, "_forward_rest", None)  # what steps outside the graph call
+    step.start_epoch(0)
+    captured = step._captured[True]
+    replays = []
+    monkeypatch.setattr(captured._graph, "replay", lambda: replays.append(captured._batch.rows[0]))
+    for batch in feed.epoch(0):
+        step(batch, 0.1)
+    assert len(replays) == whole.steps == 4
+
+
+def test_warming_up_changes_nothing(rerun, runtime, pool):
+    feed = ResidentFeed(*pool, SHARDING, 1)
+    step, _ = train(CONFIG, runtime, feed, epochs=1)
+    before, generator, totals = step.state(), torch.get_rng_state(), step.totals.tolist()
+    step._captured.clear()
+    step.warm_up(feed.example())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert step.totals.tolist() == totals
+    for name, tensor in step.state().items():
+        assert torch.equal(tensor, before[name]), name
+    assert step.gradient_norm() is None
+
+
+def test_a_loaded_state_lies_where_the_graph_reads(rerun, runtime, pool):
+    feed = ResidentFeed(*pool, SHARDING, 1)
+    trained, _ = train(CONFIG, runtime, feed, epochs=1)
+    step = TrainingStep(CONFIG, build_network("notebook", 0.1), runtime, SHARDING)
+    step.warm_up(feed.example())
+
+    def addresses():
+        momenta = [kept["momentum_buffer"] for kept in step.optimizer.state.values()]
+        tensors = [*step.network.state_dict().values(), *step.averaged.state_dict().values()]
+        return [tensor.data_ptr() for tensor in (*momenta, *tensors, step.totals)]
+
+    before = addresses()
+    step.load_state(trained.state())
+    step.reset_totals()
+    assert addresses() == before
+    for name, tensor in step.state().items():
+        assert torch.equal(tensor, trained.state()[name]), name
+
+
+def test_captured_needs_a_gpu():
+    with pytest.raises(InputError, match="--step captured needs a GPU"):
+        resolve_mode(dataclasses.replace(LONG, step="captured"), "bf16", 60_000)
+
+
+@pytest.mark.parametrize(
+    ("choices", "precision", "images", "mode"),
+    [
+        ({}, "bf16", 60_000, "captured"),
+        ({"epochs": 1}, "bf16", 60_000, "eager"),  # too short
+        ({"step": "captured", "epochs": 1}, "bf16", 60_000, "captured"),
+        ({"step": "compiled"}, "no", 60_000, "compiled"),
+        ({}, "fp16", 60_000, "eager"),
+        ({"step": "captured"}, "fp16", 60_000, "eager"),
+    ],
+)
+def test_modes_on_a_gpu(monkeypatch, choices, precision, images, mode):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_mode(dataclasses.replace(LONG, **choices), precision, images) == mode
+
+
+def test_fp16_says_that_it_cannot_be_captured(monkeypatch, runtime, capsys):
+    monkeypatch.setattr(step_module, "resolve_mode", lambda *_: "eager")
+    TrainingStep(CONFIG, build_network("notebook", 0.1), runtime, SHARDING)
+    assert "step: eager, because fp16" in capsys.readouterr().out
+
+
+PROCESSES = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+from torch import distributed
+import test_step_modes as t
+from mnist_fast import step as step_module
+from mnist_fast.runtime import Runtime
+
+step_module.resolve_mode = lambda config, *_: config.step
+torch.compile = lambda function, **_: function
+t.TrainingStep.graph_type = t.Rerun
+runtime = Runtime(t.Config(precision="no", threads=1))
+torch.manual_seed(3)
+images, labels = torch.randint(0, 256, (76, 1, 28, 28), dtype=torch.uint8), torch.arange(76) % 10
+sharding = t.Sharding(76, 16, False, runtime.rank, runtime.world_size)
+feed = t.ResidentFeed(images, labels, sharding, 1)
+states = []
+for mode in ("captured", "eager"):
+    config = t.dataclasses.replace(t.CONFIG, step=mode, dropout=0.0)
+    states.append(t.train(config, runtime, feed)[0].state())
+worst = max((states[0][k].double() - states[1][k].double()).abs().max().item() for k in states[0])
+if runtime.is_main:
+    print("worst", runtime.world_size, worst)
+runtime.close()
+"""
+
+
+@pytest.mark.slow
+def test_captured_trains_as_ddp_does_on_two_processes(tmp_path):
+    """The flat reduction inside the captured step against DDP around the eager one."""
+    program = tmp_path / "program.py"
+    program.write_text(PROCESSES)
+    done = helpers.launch(
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
+        program,
+        cwd=helpers.ROOT,
+        timeout=250,
+        environment={"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(helpers.ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    _, processes, worst = done.stdout.split()[-3:]
+    assert processes == "2"
+    assert float(worst) < 1e-5
