@@ -35,6 +35,8 @@ def options(small_betons):
 def reference(options, tmp_path_factory):
     """Folder of a run that nothing disturbs, and the seconds it took."""
     folder = tmp_path_factory.mktemp("reference")
+    with started(folder, "--epochs", "0") as process:  # so that the server has started
+        assert process.wait() == 2
     begun = time.monotonic()
     with started(folder, *options, "--run_dir", folder / "run") as process:
         assert process.wait() == 0, process.said()
@@ -296,7 +298,7 @@ def loader_raises():
     calls, run_pipeline = iter(range(10_000)), module.EpochIterator.run_pipeline
 
     def tampered(self, *arguments):
-        if next(calls) == 8:
+        if next(calls) >= 20:
             raise ValueError("a fault of the loader")
         return run_pipeline(self, *arguments)
 
