@@ -1,0 +1,132 @@
+"""The benchmarks run, on the digits and with few steps, and what they report adds up."""
+
+import json
+import statistics
+import sys
+
+import helpers
+import pytest
+import torch
+
+from mnist_fast.model import build_network
+
+SCRIPTS = ("throughput", "notebook_baseline", "time_to_accuracy", "two_processes")
+
+
+@pytest.fixture(scope="module")
+def throughput():
+    from benchmarks import throughput
+
+    return throughput
+
+
+def bench(script, *arguments, timeout):
+    path = helpers.ROOT / "benchmarks" / f"{script}.py"
+    done = helpers.launch(
+        *(sys.executable, path, *arguments),
+        cwd=helpers.ROOT,
+        timeout=timeout,
+        environment={"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_floor_is_the_larger_of_computing_and_moving(throughput):
+    work = throughput.work_per_image()
+    macs = work["flops"] / 2
+    assert 2.5e6 < macs < 3.5e6  # 1.07 million forward, twice that backward but for the images
+    fast = {"flops_bf16": 1e30, "flops_no": 1e30, "bytes_per_second": 1e9}
+    moved = work["accesses"] * 2 + 784
+    assert throughput.floor_seconds(1000, "bf16", fast) == pytest.approx(1000 * moved / 1e9)
+    slow = {"flops_bf16": 1e6, "flops_no": 2e6, "bytes_per_second": 1e30}
+    assert throughput.floor_seconds(10, "no", slow) == pytest.approx(10 * work["flops"] / 2e6)
+
+
+def test_the_activations_are_those_of_the_layer_table(throughput):
+    from mnist_fast.model import layer_table
+
+    sizes = [
+        layer.output_shape[0] * layer.output_shape[1] * layer.output_shape[2]
+        for layer in layer_table(build_network())
+        if layer.name == "Conv2d"
+    ]
+    assert throughput.work_per_image()["accesses"] == 5 * sum(sizes)
+
+
+def test_the_baseline_is_the_notebooks(throughput):
+    """torch's own dropout, torchvision's transforms, one image at a time."""
+    from benchmarks import notebook_baseline
+
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.arange(64) % 10
+    dataset = notebook_baseline.Images(images, labels, notebook_baseline.notebook_transforms())
+    image, label = dataset[3]
+    assert image.shape == (1, 28, 28)
+    assert image.dtype == torch.float32
+    assert label == 3
+    dropouts = [m for m in notebook_baseline.notebook_network().modules() if "Dropout" in str(m)]
+    assert {type(m) for m in dropouts if not list(m.children())} == {torch.nn.Dropout}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_tells_the_options(script):
+    done = bench(script, "--help", timeout=100)
+    assert "usage:" in done.stdout
+    assert "default:" in done.stdout
+
+
+@pytest.mark.slow
+def test_throughput(small_betons, tmp_path):
+    options = ("--quick", "--images", 256, "--rounds", 2, "--data_dir", small_betons)
+    done = bench("throughput", *options, "--out", tmp_path, timeout=280)
+    record = json.loads((tmp_path / "throughput-cpu.json").read_text())
+    rows = record["results"]
+    names = {row["name"] for row in rows}
+    assert {"notebook pipeline", "FFCV stream alone", "DataLoader alone", "ours, fast"} <= names
+    assert record["epoch_images"] == 1437
+    baseline = next(row for row in rows if row["name"] == "notebook pipeline")
+    for row in rows:
+        assert row["n"] == len(row["seconds"]) == 2
+        assert row["median_seconds"] == statistics.median(row["seconds"])
+        if row["name"].startswith("ours"):
+            ratio = baseline["median_seconds"] / row["median_seconds"]
+            assert row["times_faster_than_baseline"] == pytest.approx(ratio)
+            assert row["times_the_floor"] > 1
+        assert row["name"] in done.stdout
+    assert (tmp_path / "throughput-cpu.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+def test_time_to_accuracy(small_betons, tmp_path):
+    options = ("--quick", "--seeds", 2, "--target", 5, 99.99, "--step", "eager")
+    done = bench(
+        "time_to_accuracy", *options, "--data_dir", small_betons, "--out", tmp_path, timeout=200
+    )
+    record = json.loads((tmp_path / "time_to_accuracy-cpu.json").read_text())
+    (row,) = record["tried"]
+    assert row["n"] == 2
+    assert row["mean_seconds"] == pytest.approx(statistics.fmean(row["seconds"]))
+    assert len(set(row["accuracies"])) == 2  # seeds differ
+    assert set(record["reached"]) == {"5.0"}
+    assert "99.99 %: not reached" in done.stdout
+
+
+def test_seeds_start_over(small_betons, runtime):
+    """A seed's run does not depend on the one before it, though all share one step."""
+    import dataclasses
+
+    from benchmarks import time_to_accuracy
+    from benchmarks.throughput import load_images
+    from mnist_fast.config import load
+
+    config = dataclasses.replace(load(["--epochs", "1", "--batch_size", "256"]), step="eager")
+    runner = time_to_accuracy.Runner(config, runtime, load_images(small_betons))
+    states = []
+    for seed in (1, 2, 1):
+        runner.run(seed)
+        states.append(runner.step.state()["network/layers.0.weight"])
+    assert torch.equal(states[0], states[2])
+    assert not torch.equal(states[0], states[1])
