@@ -3,12 +3,13 @@
 import sys
 
 from mnist_fast import signals
-from mnist_fast.config import load
 from mnist_fast.errors import run_main
 
 
 def main() -> int:
     """Resolves the command line and trains."""
+    from mnist_fast.config import load
+
     config = load()
     from mnist_fast.loop import train  # after bad usage was refused: its imports take seconds
 
