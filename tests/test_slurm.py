@@ -12,7 +12,7 @@ from slurm_cluster import cluster, is_over  # noqa: F401
 SCRIPTS = ("train.sh", "seeds.sh", "sweep.sh")
 # Dropout, EMA and a smaller last batch: all that a resumed run has to get right.
 OPTIONS = (*helpers.QUICK, "--recipe", "notebook", "--ema_decay", "0.98", "--threads", "1")
-LIMIT = 300  # seconds for one job
+LIMIT = 600  # seconds for one job
 
 slow = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def reference(small_betons, tmp_path_factory):
 
 
 @slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("nodes, processes", [(1, 2), (2, 1)])
 def test_a_stopped_job_is_queued_again_and_ends_with_the_same_weights(
     cluster,  # noqa: F811
@@ -85,7 +85,7 @@ def test_a_stopped_job_is_queued_again_and_ends_with_the_same_weights(
 
 
 @slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_the_time_limit_queues_it_again_even_before_the_first_step(
     cluster,  # noqa: F811
     small_betons,
@@ -102,7 +102,7 @@ def test_the_time_limit_queues_it_again_even_before_the_first_step(
 
 
 @slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_requeues_are_capped(cluster, small_betons, tmp_path):  # noqa: F811
     run = tmp_path / "run"
     job = cluster.submit(
@@ -118,7 +118,7 @@ def test_requeues_are_capped(cluster, small_betons, tmp_path):  # noqa: F811
 
 
 @slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_a_failing_job_is_reported_and_not_queued_again(cluster, small_betons, tmp_path):  # noqa: F811
     where = ("--data_dir", small_betons, "--run_dir", tmp_path / "run")
     bad = {
@@ -137,7 +137,7 @@ def test_a_failing_job_is_reported_and_not_queued_again(cluster, small_betons, t
 
 
 @slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_an_array_of_seeds(cluster, small_betons):  # noqa: F811
     array = cluster.submit(
         *("--array=1-2", "slurm/seeds.sh", *helpers.QUICK),
@@ -151,7 +151,7 @@ def test_an_array_of_seeds(cluster, small_betons):  # noqa: F811
 
 
 @slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_two_jobs_with_one_run_folder(cluster, reference, small_betons, tmp_path):  # noqa: F811
     run = tmp_path / "run"
     command = ("--cpus-per-task=2", "slurm/train.sh", *OPTIONS)
