@@ -23,7 +23,7 @@ from mnist_fast.config import Config
 from mnist_fast.data import Sharding, epoch_order, read_all
 from mnist_fast.errors import InputError, RunError
 from mnist_fast.evaluate import BATCH
-from mnist_fast.loop import open_betons
+from mnist_fast.loop import git_commit, open_betons, versions
 from mnist_fast.model import CLASSES, Network, build_network, count_parameters
 from mnist_fast.runtime import Runtime, device_name
 from mnist_fast.schedule import learning_rate
@@ -309,6 +309,8 @@ def train_many(
         "precision": runtime.precision,
         "parameters": count_parameters(together.network) // len(together.seeds),
         "side_by_side": len(together.seeds),
+        "git_commit": git_commit(),
+        "versions": versions(),
     }
     return [summarise(config, seed, facts | seconds, history) for seed in together.seeds], together
 
