@@ -99,6 +99,8 @@ def read_image(source: Path | bytes) -> NDArray[np.uint8]:
                 return to_mnist(to_grey(_upright(image)))
     except ImageError:
         raise
+    except Image.DecompressionBombError:
+        raise ImageError(f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from None
     except UnidentifiedImageError:
         raise ImageError("neither a PNG nor a JPEG image") from None
     except Exception as error:  # decoders raise many kinds on damaged files

@@ -1,0 +1,307 @@
+"""Reading digits from image files: preprocessing, every kind of image, and hostile input."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import zlib
+
+import helpers
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import save_file
+
+from data_prep.sources import load_digits
+from mnist_fast import predict as module
+from mnist_fast.errors import InputError, run_main
+from mnist_fast.model import build_network
+from mnist_fast.predict import ImageError, classify, find_sources, load_network, read_image
+
+
+def seven(size=(300, 400), ink=0, paper=255, mode="L"):
+    """A large seven, off the centre."""
+    image = Image.new(mode, size, paper)
+    line = [(120, 60), (220, 60), (150, 330)]
+    ImageDraw.Draw(image).line(line, fill=ink, width=28, joint="curve")
+    return image
+
+
+def encoded(image, form="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """What the seven looks like to the network."""
+    return read_image(encoded(seven()))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Weights of an untrained network, in a folder like a run's."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    state = {k: v.contiguous() for k, v in build_network().state_dict().items()}
+    details = {"network": "notebook", "dataset": "digits"}
+    save_file(state, folder / "weights.safetensors", metadata=details)
+    return folder
+
+
+# Preprocessing
+
+
+def test_the_digit_fills_a_20_pixel_box_with_its_mass_in_the_middle(plain):
+    assert plain.shape == (28, 28)
+    assert plain.dtype == np.uint8
+    rows, columns = np.flatnonzero(plain.any(1)), np.flatnonzero(plain.any(0))
+    assert rows[-1] - rows[0] + 1 == 20
+    assert columns[-1] - columns[0] + 1 < 14  # the aspect ratio is kept
+    index = np.arange(28)
+    assert (plain.sum(1) * index).sum() / plain.sum() == pytest.approx(14, abs=0.5)
+    assert (plain.sum(0) * index).sum() / plain.sum() == pytest.approx(14, abs=0.5)
+    assert plain.max() == 255
+
+
+def transparent(ink, paper=(0, 0, 0, 0)):
+    return seven(ink=ink, paper=paper, mode="RGBA")
+
+
+def sixteen_bit():
+    grey = np.asarray(seven(), np.uint16) * 257
+    return Image.fromarray(grey)
+
+
+def turned():
+    """Stored on its side, with the camera's note."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encoded(seven().transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95)
+
+
+KINDS = {
+    "light on dark": lambda: encoded(seven(ink=255, paper=0)),
+    "low contrast": lambda: encoded(seven(ink=120, paper=180)),
+    "one bit": lambda: encoded(seven().convert("1")),
+    "palette": lambda: encoded(seven().convert("P")),
+    "colour": lambda: encoded(seven(ink=(200, 0, 0), paper=(255, 255, 200), mode="RGB")),
+    "16 bit": lambda: encoded(sixteen_bit()),
+    "jpeg": lambda: encoded(seven(), "JPEG", quality=90),
+    "cmyk": lambda: encoded(seven(paper=(255, 255, 255), mode="RGB").convert("CMYK"), "JPEG"),
+    "dark strokes, transparent": lambda: encoded(transparent((0, 0, 0, 255))),
+    "light strokes, transparent": lambda: encoded(transparent((255, 255, 255, 255))),
+    "a card, transparent": lambda: encoded(transparent((0, 0, 0, 255), (255, 255, 255, 254))),
+    "camera rotation": turned,
+    "large": lambda: encoded(seven().resize((3000, 4000))),
+    "small": lambda: encoded(seven().resize((60, 80), Image.Resampling.LANCZOS)),
+    "on a wide sheet": lambda: encoded(on_a_sheet()),
+    "noisy": lambda: encoded(noisy()),
+}
+
+
+def on_a_sheet():
+    sheet = Image.new("L", (900, 500), 255)
+    sheet.paste(seven(), (500, 50))
+    return sheet
+
+
+def noisy():
+    noise = np.random.default_rng(0).normal(0, 5, (400, 300))
+    pixels = np.asarray(seven(ink=40, paper=200), np.float32) + noise
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_image_looks_the_same(kind, plain):
+    image = read_image(KINDS[kind]())
+    # the mean difference of unrelated digits is about 40; one of a seven shifted by a pixel, 19
+    assert np.abs(image.astype(int) - plain).mean() < 9, kind
+
+
+def test_what_is_like_mnist_already_only_moves():
+    for image in load_digits().test_images[:20]:
+        moved = read_image(encoded(Image.fromarray(np.roll(image, (2, -1), (0, 1)))))
+        straight = read_image(encoded(Image.fromarray(image)))
+        assert np.array_equal(moved, straight)
+        # the same grey levels, stretched to 255, but for edges too faint to count
+        levels = np.sort(image * (255 / image.max()), axis=None)[-100:]
+        assert np.sort(straight, axis=None)[-100:] == pytest.approx(levels, abs=2)
+
+
+# Faults
+
+
+def bomb(width, height):
+    """A PNG of so many pixels in a few hundred bytes, without its content."""
+
+    def chunk(kind, body):
+        checksum = zlib.crc32(kind + body).to_bytes(4, "big")
+        return len(body).to_bytes(4, "big") + kind + body + checksum
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return start + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+FAULTS = {
+    "empty": (b"", "empty file"),
+    "text": (b"#!/bin/sh\nrm -rf /\n", "neither a PNG nor a JPEG"),
+    "gif": (encoded(seven(), "GIF"), "neither a PNG nor a JPEG"),
+    "truncated png": (encoded(noisy())[:2000], "damaged"),
+    "truncated jpeg": (encoded(noisy(), "JPEG")[:900], "damaged"),
+    "header alone": (encoded(seven())[:16], "neither|damaged"),
+    "flipped bytes": (encoded(noisy())[:500] + b"\xff" * 99 + encoded(noisy())[599:], "damaged"),
+    "bomb": (bomb(12_000, 8_000), "12000 x 8000 pixels: more than 64 million"),
+    "huge bomb": (bomb(30_000, 30_000), "more than 64 million pixels"),
+    "blank": (encoded(Image.new("L", (50, 50), 255)), "blank"),
+    "one pixel": (encoded(Image.new("L", (1, 1), 0)), "blank"),
+    "noise alone": (
+        encoded(Image.fromarray(np.random.default_rng(0).integers(118, 138, (99, 99), np.uint8))),
+        "blank",
+    ),
+    "nothing visible": (encoded(Image.new("RGBA", (9, 9), (0, 0, 0, 0))), "transparent"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_bad_image_is_one_line(name, tmp_path):
+    content, message = FAULTS[name]
+    path = tmp_path / "bad.png"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=message) as caught:
+        read_image(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, message in {
+        tmp_path / "pipe.png": "not a regular file",
+        "/dev/zero": "not a regular file",
+        tmp_path / "missing.png": "No such file",
+        tmp_path / ("x" * 300): "name too long",
+    }.items():
+        with pytest.raises(ImageError, match=message):
+            read_image(module.Path(name))
+
+
+def test_bad_images_do_not_stop_the_others(weights, tmp_path, capsys):
+    for name, (content, _) in FAULTS.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+    for name in ("a.png", "b.JPG", "z\n\x1b[31m.png"):
+        (tmp_path / name).write_bytes(encoded(seven(), "JPEG" if "JPG" in name else "PNG"))
+    (tmp_path / "notes.txt").write_text("not looked at")
+    assert module.main([str(weights), str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == len(FAULTS)
+    assert len(said.out.splitlines()) == 3
+    assert "\x1b" not in said.out
+
+
+# The network
+
+
+def test_the_answer_is_the_networks(weights, plain):
+    network, details = load_network(weights)
+    assert details["dataset"] == "digits"
+    (answer,) = classify(network, [("x", encoded(seven()))])
+    with torch.inference_mode():
+        pixels = (torch.from_numpy(plain)[None, None] / 255 - 0.1307) / 0.3081
+        expected = network(pixels)[0].exp()
+    assert answer["digit"] == int(expected.argmax())
+    assert answer["probability"] == pytest.approx(float(expected.max()), abs=1e-6)
+    assert answer["probabilities"] == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def pickled(path):
+    torch.save({"weights": torch.zeros(3)}, path)
+
+
+def truncated(path):
+    whole = path.parent / "whole"
+    save_file(build_network().state_dict(), whole, metadata={"network": "notebook"})
+    path.write_bytes(whole.read_bytes()[:-50])
+
+
+def of_another_network(path):
+    save_file(build_network("record").state_dict(), path, metadata={"network": "notebook"})
+
+
+def not_finite(path):
+    state = build_network().state_dict()
+    next(iter(state.values())).fill_(float("nan"))
+    save_file(state, path, metadata={"network": "notebook"})
+
+
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (pickled, "not a whole safetensors file"),
+        (truncated, "not a whole safetensors file"),
+        (of_another_network, "not the weights of the network notebook"),
+        (not_finite, "not a finite number"),
+        (lambda path: save_file({"x": torch.zeros(1)}, path), "no weights of one of the networks"),
+        (lambda path: path.write_bytes(b""), "not a whole safetensors file"),
+        (lambda path: None, "No such file"),
+        (os.mkfifo, "plain file"),
+    ],
+)
+def test_bad_weights_are_refused(write, message, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    write(path)
+    with pytest.raises(InputError, match=message):
+        load_network(path)
+
+
+# The command
+
+
+def command(*arguments, given=b"", cwd):
+    """`python -m mnist_fast.predict`: exit status, output and error lines."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "mnist_fast.predict", *map(str, arguments)],
+        input=given,
+        capture_output=True,
+        timeout=100,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(helpers.ROOT)},
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode().splitlines()
+
+
+def test_the_command_reads_names_from_standard_input_and_gives_json(weights, tmp_path):
+    (tmp_path / "one.png").write_bytes(encoded(seven()))
+    names = b"one.png\nmissing.png\n\n"
+    status, out, errors = command(weights, "-", "--json", given=names, cwd=tmp_path)
+    good, bad = json.loads(out)
+    assert status == 1
+    assert good["file"] == "one.png"
+    assert sum(good["probabilities"]) == pytest.approx(1, abs=1e-5)
+    assert bad == {"file": "missing.png", "error": "No such file or directory"}
+    assert errors == ["python -m mnist_fast.predict: missing.png: No such file or directory"]
+
+
+def test_bad_weights_end_the_command_with_status_2_and_one_line(tmp_path, capsys):
+    arguments = [str(tmp_path / "none"), "x.png"]
+    assert run_main(lambda: module.main(arguments), module.PROGRAM) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m mnist_fast.predict: error: ")
+
+
+def test_an_image_on_standard_input(weights, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(encoded(seven())))
+    monkeypatch.setattr("sys.stdin", stream)
+    ((name, content),) = find_sources(["-"])
+    assert name == "standard input"
+    assert read_image(content).shape == (28, 28)
+
+
+def test_a_folder_without_images_and_no_image_at_all_are_bad_usage(weights, tmp_path):
+    with pytest.raises(InputError, match="holds no"):
+        module.main([str(weights), str(tmp_path)])
+    with pytest.raises(InputError, match="--help"):
+        module.main([str(weights)])
