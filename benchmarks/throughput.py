@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,6 +56,8 @@ class Case:
         steps: measured in a turn; 0: as many as the other cases.
         unmeasured: steps before them, in each turn.
         seconds: measured, per epoch.
+        cpu_seconds: processor time of this process and its workers, per epoch: what to compare on a
+            machine that is shared with others.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Case:
     setup_seconds: float = 0.0
     peak_bytes: int | None = None
     seconds: list[float] = dataclasses.field(default_factory=list)
+    cpu_seconds: list[float] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,6 +238,13 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+def processor_seconds() -> float:
+    """Processor time so far of this process and those that it started and that still run."""
+    me = psutil.Process()
+    times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
+    return sum(found.user + found.system for found in times)
+
+
 def synchronise(device: torch.device) -> None:
     """Waits until the device has nothing left to do."""
     if device.type == "cuda":
@@ -323,8 +334,11 @@ def measure(bench: Bench, cases: list[Case], options: argparse.Namespace, deadli
             case.run(case.unmeasured)
             if bench.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            epochs = steps * case.batch_size / len(bench.labels)
+            used = processor_seconds()
             seconds = timed(lambda case=case, n=steps: case.run(n), bench.device)  # type: ignore[misc]
-            case.seconds.append(seconds / (steps * case.batch_size) * len(bench.labels))
+            case.cpu_seconds.append((processor_seconds() - used) / epochs)
+            case.seconds.append(seconds / epochs)
             if bench.device.type == "cuda":
                 case.peak_bytes = torch.cuda.max_memory_allocated()
 
@@ -335,7 +349,8 @@ def describe(
     """A case's numbers; ratios compare medians."""
     median = statistics.median(case.seconds)
     reference = LOADER if case.name in (STREAM, LOADER) else BASELINE
-    baseline = statistics.median(next(c.seconds for c in cases if c.name == reference))
+    other = next(case for case in cases if case.name == reference)
+    baseline, processor = statistics.median(other.seconds), statistics.median(case.cpu_seconds)
     floor = floors.get(case.precision)
     kept = {
         field.name: getattr(case, field.name)
@@ -349,6 +364,10 @@ def describe(
         "sd_seconds": statistics.stdev(case.seconds) if len(case.seconds) > 1 else None,
         "images_per_second": images / median,
         "times_faster_than_baseline": baseline / median,
+        "median_cpu_seconds": processor,
+        "times_less_cpu_than_baseline": statistics.median(other.cpu_seconds) / processor
+        if processor
+        else None,
         "times_the_floor": median / floor if floor else None,
     }
 
@@ -357,8 +376,8 @@ def format_table(rows: list[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     lines = [
         "| what | feed | step | batch | precision | s/epoch (median, min-max, n) | images/s "
-        "| x baseline | x floor | peak MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| x baseline | CPU s/epoch | x floor | peak MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         low, high = min(row["seconds"]), max(row["seconds"])
@@ -368,6 +387,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
             f"{row['median_seconds']:.3g} ({low:.3g}-{high:.3g}, {row['n']})",
             f"{row['images_per_second']:,.0f}",
             f"{row['times_faster_than_baseline']:.1f}",
+            f"{row['median_cpu_seconds']:.3g}",
             f"{floor:.1f}" if floor else "",
             f"{peak / 1e6:.0f}" if peak else "",
         ]
