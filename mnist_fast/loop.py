@@ -1,6 +1,7 @@
 """The training loop: `train(config)` is the whole interface."""
 
 import dataclasses
+import functools
 import json
 import math
 import subprocess
@@ -462,6 +463,7 @@ def describe(record: dict[str, Any], epochs: int) -> str:
     )
 
 
+@functools.cache  # the code that runs was read at the start, whatever is committed meanwhile
 def git_commit() -> str | None:
     """Commit of the code that runs, with `-dirty` where tracked files differ; None outside git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
