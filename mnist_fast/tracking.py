@@ -250,20 +250,20 @@ class Tracker:
         Inputs are outputs offline, where W&B cannot ask the server for their earlier versions.
         """
         artifact = self._wandb.Artifact(name, type=kind, metadata=about)
-        with _data_folder(self.folder / "wandb"):
-            for file in files:
-                artifact.add_file(str(file))
-            if used and not self._run.offline:
-                self._run.use_artifact(artifact)
-            else:
-                self._run.log_artifact(artifact)
+        for file in files:
+            artifact.add_file(str(file))
+        if used and not self._run.offline:
+            self._run.use_artifact(artifact)
+        else:
+            self._run.log_artifact(artifact)
 
     def _guard(self, action: Callable[[], None]) -> None:
         """Calls W&B; a failure is said and ends W&B's part, never the training."""
         if self._run is None:
             return
         try:
-            action()
+            with _data_folder(self.folder / "wandb"):
+                action()
         except Exception as error:
             self._say(f"W&B failed and is left out from here on: {_first_line(error)}")
             self.close(exit_code=1)
@@ -314,7 +314,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _data_folder(folder: Path) -> Any:
-    """Keeps W&B's copies of artifacts with the run (`wandb sync` needs them), not in the home."""
+    """Keeps W&B's copies of tables and artifacts, which `wandb sync` needs, with the run."""
     before = os.environ.get("WANDB_DATA_DIR")
     os.environ["WANDB_DATA_DIR"] = before or str(folder.resolve())
     try:

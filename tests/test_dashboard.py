@@ -1,0 +1,356 @@
+"""What W&B gets to see: one offline run, read back from its .wandb file."""
+
+import json
+import time
+import zlib
+from pathlib import Path
+
+import helpers
+import pytest
+import wandb
+import yaml
+from PIL import Image
+from wandb.proto.wandb_internal_pb2 import Record
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+from mnist_fast.config import Config, load
+from mnist_fast.errors import RunError
+from mnist_fast.loop import train
+from mnist_fast.tracking import Tracker
+
+BLOCK, HEADER = 32 * 1024, 7  # LevelDB's log format
+
+
+def read_wandb_file(path):
+    """The records of a .wandb file: 7 bytes, then LevelDB blocks with zlib's CRC32."""
+    data, position, parts = path.read_bytes(), 7, b""
+    assert data[:4] in (b":W&B", b"")
+    while position < len(data):
+        left = BLOCK - position % BLOCK
+        if left < HEADER:
+            position += left
+            continue
+        checksum = int.from_bytes(data[position : position + 4], "little")
+        length = int.from_bytes(data[position + 4 : position + 6], "little")
+        kind = data[position + 6 : position + 7]
+        body = data[position + HEADER : position + HEADER + length]
+        assert zlib.crc32(kind + body) == checksum
+        parts += body
+        position += HEADER + length
+        if kind in (b"\x01", b"\x04"):  # a whole record, or its last part
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def nested(items, into=None):
+    """The values of history or summary items by key; later ones replace earlier ones."""
+    values = {} if into is None else into
+    for item in items:
+        *path, last = item.nested_key or [item.key]
+        place = values
+        for key in path:
+            if not isinstance(place.get(key), dict):
+                place[key] = {}
+            place = place[key]
+        place[last] = json.loads(item.value_json)
+    return values
+
+
+class Board:
+    """What the records of a run say, by kind."""
+
+    def __init__(self, folder):
+        (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+        self.files = path.parent / "files"
+        self.records = list(read_wandb_file(path))
+        deadline = time.monotonic() + 30  # W&B's own process writes after `finish` has returned
+        while not self.all("exit") and time.monotonic() < deadline:
+            time.sleep(0.05)
+            self.records = list(read_wandb_file(path))
+        self.run = next(r.run for r in self.records if r.HasField("run"))
+        self.config = {u.key: json.loads(u.value_json) for u in self.run.config.update}
+        self.history = [nested(line.item) for line in self.all("history")]
+        self.summary = {}
+        for update in self.all("summary"):
+            nested(update.update, self.summary)
+
+    def all(self, field):
+        return [getattr(r, field) for r in self.records if r.HasField(field)]
+
+    def artifacts(self):
+        """Type, name and files (content by path) of every artifact."""
+        for record in self.records:
+            if record.request.HasField("log_artifact"):
+                artifact = record.request.log_artifact.artifact
+            elif record.HasField("artifact"):
+                artifact = record.artifact
+            else:
+                continue
+            yield (
+                artifact.type,
+                artifact.name,
+                {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents},
+            )
+
+    def logged(self, key):
+        (value,) = [line[key] for line in self.history if key in line]
+        return value
+
+    def table(self, key):
+        return json.loads((self.files / self.logged(key)["path"]).read_text())
+
+
+def train_quickly(betons, folder, *options):
+    """Trains on the digits in this process, with W&B offline."""
+    arguments = ("--dataset", "digits", "--data_dir", betons, "--run_dir", folder)
+    plain = ("--step", "eager", "--precision", "no", "--wandb", "offline")
+    with helpers.single_process():
+        return train(load([str(part) for part in (*arguments, *plain, *options)]))
+
+
+@pytest.fixture(scope="module")
+def folder(small_betons, tmp_path_factory):
+    """A run of two epochs with names by option and by variable, inside a SLURM job."""
+    folder = tmp_path_factory.mktemp("run") / "seen"
+    options = ("--wandb_project", "p", "--wandb_entity", "e", "--wandb_group", "g")
+    variables = {"WANDB_NAME": "by-variable", "WANDB_JOB_TYPE": "test", "WANDB_PROJECT": "other"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("WANDB_DATA_DIR")
+        for name, value in (variables | {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "2"}).items():
+            patch.setenv(name, value)
+        options += ("--wandb_tags", "a, b", "--wandb_notes", "n: o", "--epochs", "2")
+        train_quickly(small_betons, folder, *options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def board(folder):
+    return Board(folder)
+
+
+def test_names_come_from_options_then_variables(board):
+    run = board.run
+    assert (run.project, run.entity, run.run_group) == ("p", "e", "g")
+    assert (run.display_name, run.job_type) == ("by-variable", "test")
+    assert (list(run.tags), run.notes) == (["a", "b"], "n: o")
+
+
+def test_config_is_resolved_and_tells_where_the_run_comes_from(board, folder):
+    chosen = yaml.safe_load((folder / "config.yaml").read_text())
+    resolved = helpers.read_summary(folder)
+    for key in ("feed", "step", "precision", "data_sha256", "git_commit", "world_size"):
+        assert board.config[key] == resolved[key]
+    assert board.config["feed"] == "resident" != chosen["feed"]
+    assert board.config["learning_rate"] == 0.1
+    assert board.config["slurm"] == {"slurm_job_id": "77", "slurm_restart_count": "2"}
+
+
+def test_history_is_metrics_jsonl(board, folder):
+    epochs = [line for line in board.history if "train_loss" in line]
+    records = helpers.read_records(folder)
+    assert len(epochs) == len(records) == 2
+    for line, record in zip(epochs, records, strict=True):
+        numbers = {k: v for k, v in record.items() if not isinstance(v, str)}
+        assert {k: v for k, v in line.items() if not k.startswith("_")} == numbers
+        assert record["gradient_norm"] > 0
+
+
+def test_steps_and_summaries_are_defined(board):
+    metrics = {m.name or m.glob_name: m for m in board.all("metric")}
+    assert metrics["*"].step_metric == metrics["test_accuracy"].step_metric == "epoch"
+    assert metrics["learning_rate"].step_metric == "global_step"
+    assert metrics["test_accuracy"].summary.max
+    assert metrics["test_loss"].summary.min
+
+
+def test_summary_is_summary_json(board, folder):
+    for key, value in helpers.read_summary(folder).items():
+        if not isinstance(value, dict):
+            assert board.summary[key] == value, key
+    best = max(record["train_accuracy"] for record in helpers.read_records(folder))
+    assert board.summary["train_accuracy"] == {"max": best}
+
+
+def test_layers_add_up(board):
+    table = board.table("layers")
+    counts = [row[table["columns"].index("parameters")] for row in table["data"]]
+    assert sum(counts) == 7640
+
+
+def test_confusion_matrix_counts_every_test_image(board):
+    table = board.table("confusion_matrix_table")
+    count = table["columns"].index("nPredictions")
+    actual, predicted = table["columns"].index("Actual"), table["columns"].index("Predicted")
+    assert sum(row[count] for row in table["data"]) == 360
+    right = sum(row[count] for row in table["data"] if row[actual] == row[predicted])
+    assert 100 * right / 360 == pytest.approx(board.summary["test_accuracy"])
+
+
+def test_misread_digits_have_image_label_prediction_and_probability(board):
+    table = board.table("misread")
+    assert table["columns"] == ["position", "image", "label", "prediction", "probability"]
+    wrong = 360 - round(3.6 * board.summary["test_accuracy"])
+    assert len(table["data"]) == min(wrong, 100)
+    for _, _, label, prediction, probability in table["data"]:
+        assert label != prediction
+        assert 0.1 <= probability <= 1
+    assert [row[4] for row in table["data"]] == sorted((r[4] for r in table["data"]), reverse=True)
+    ((_, _, files),) = [found for found in board.artifacts() if found[1].endswith("-misread")]
+    images = [file for path, file in files.items() if path.endswith(".png")]
+    assert 0 < len(images) <= len(table["data"])  # equal images are kept once
+    with Image.open(images[0]) as image:
+        assert image.size == (28, 28)
+
+
+def test_an_augmented_batch_is_shown_before_training(board):
+    image = board.logged("augmented_batch")
+    assert (image["width"], image["height"]) == (8 * 29 - 1, 4 * 29 - 1)
+    first = next(i for i, line in enumerate(board.history) if "train_loss" in line)
+    assert any("augmented_batch" in line for line in board.history[:first])
+
+
+def test_artifacts_hold_the_data_the_checkpoints_and_the_weights(board, folder):
+    artifacts = {}
+    for kind, name, files in board.artifacts():
+        artifacts.setdefault(kind, []).append((name, files))
+        # all that `wandb sync` needs lies with the run
+        assert all(file.is_relative_to(folder) for file in files.values())
+    (data,) = artifacts["dataset"]
+    assert data[0] == "digits-betons"
+    assert set(data[1]) == {"manifest.json"}
+    assert len(artifacts["checkpoint"]) == 2
+    ((name, files),) = artifacts["model"]
+    assert name == f"model-{board.run.run_id}"
+    kept = files["weights.safetensors"].read_bytes()
+    assert kept == (folder / "weights.safetensors").read_bytes()
+
+
+# Without a run: a tracker whose W&B is a stand-in
+
+
+class StandIn:
+    """Records what a W&B run is asked for; fails or is slow on demand."""
+
+    offline = True
+
+    def __init__(self, fault=None, patience=0):
+        self.alerts, self.fault, self.patience, self.finished = [], fault, patience, []
+
+    def alert(self, title, text, level):
+        if self.fault:
+            raise self.fault
+        self.alerts.append((title, text, level))
+
+    def finish(self, exit_code):
+        time.sleep(self.patience)
+        self.finished.append(exit_code)
+
+
+@pytest.fixture
+def tracker(runtime, tmp_path):
+    tracker = Tracker(Config(wandb="disabled"), runtime, tmp_path)
+    tracker.start({}, [], None)
+    tracker._wandb, tracker._run = wandb, StandIn()
+    tracker.runtime.log = lambda numbers: None
+    return tracker
+
+
+def test_one_alert_when_the_target_is_passed(tracker):
+    for epoch, accuracy in enumerate([99.39, 99.4, 99.3, 99.5], start=1):
+        tracker.log_epoch({"epoch": epoch, "test_accuracy": accuracy})
+    ((title, text, _),) = tracker._run.alerts
+    assert "99.4 %" in title
+    assert "99.40 % in epoch 2" in text
+
+
+def test_no_second_alert_after_a_requeue(tracker):
+    run = tracker._run
+    tracker.start({}, [{"epoch": 1, "test_accuracy": 99.45}], None)
+    tracker.log_epoch({"epoch": 2, "test_accuracy": 99.5})
+    assert run.alerts == []
+
+
+def test_a_failing_wandb_is_left_out_and_the_metrics_go_on(tracker, capsys):
+    run = tracker._run
+    run.fault = ConnectionError("gone\nand more")
+    tracker.alert("title", "text")
+    assert "W&B failed and is left out from here on: gone\n" in capsys.readouterr().out
+    assert run.finished == [1]
+    tracker.log_epoch({"epoch": 1, "test_accuracy": 50.0})
+    assert helpers.read_records(tracker.folder) == [{"epoch": 1, "test_accuracy": 50.0}]
+
+
+def test_a_slow_finish_is_given_up(tracker, capsys, monkeypatch):
+    monkeypatch.setattr("mnist_fast.tracking.FINISH_TIMEOUT", 0.2)
+    tracker._run.patience = 5
+    tracker.close(exit_code=0)
+    assert "does not answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "option, variable, mode",
+    [
+        ("auto", None, "auto"),
+        ("auto", "offline", "offline"),
+        ("auto", "Disabled", "disabled"),
+        ("auto", "nonsense", "auto"),
+        ("offline", "disabled", "offline"),
+    ],
+)
+def test_mode_by_option_then_variable(tracker, monkeypatch, option, variable, mode):
+    if variable:
+        monkeypatch.setenv("WANDB_MODE", variable)
+    tracker.config = Config(wandb=option)
+    assert tracker._choose_mode() == mode
+
+
+def test_a_loss_that_is_not_finite_alerts(small_betons, tmp_path):
+    options = ("--learning_rate", "1000", "--schedule", "constant", "--epochs", "3")
+    with pytest.raises(RunError, match="the loss is"):
+        train_quickly(small_betons, tmp_path / "run", *options)
+    (alert,) = Board(tmp_path / "run").all("alert")
+    assert (alert.title, alert.level) == ("Loss is not finite", "ERROR")
+
+
+def test_an_unreachable_server_costs_a_bounded_time(runtime, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("mnist_fast.tracking.INIT_TIMEOUT", 3)
+    tracker = Tracker(Config(), runtime, tmp_path / "run")
+    started = time.monotonic()
+    tracker.start({}, [], None)
+    tracker.log_epoch({"epoch": 1, "test_accuracy": 50.0})
+    tracker.close(exit_code=0)
+    assert time.monotonic() - started < 60
+    said = capsys.readouterr().out
+    assert "W&B online failed" in said
+    assert "upload later: wandb sync" in said
+    assert Board(tmp_path / "run").history[0]["test_accuracy"] == 50.0
+
+
+def test_a_folder_that_wandb_cannot_write_does_not_stop_the_run(runtime, tmp_path, capsys):
+    (tmp_path / "wandb").write_text("a file where W&B wants a folder")
+    tracker = Tracker(Config(wandb="offline"), runtime, tmp_path)
+    tracker.start({}, [], None)
+    tracker.log_epoch({"epoch": 1, "test_accuracy": 50.0})
+    tracker.finish({"test_accuracy": 50.0})
+    assert helpers.read_summary(tmp_path) == {"test_accuracy": 50.0}
+
+
+# The sweep
+
+
+def test_the_sweep_starts_accelerate_with_valid_options():
+    sweep = yaml.safe_load((helpers.ROOT / "sweep.yaml").read_text())
+    low = {
+        k: {"value": p.get("min", p.get("values", [None])[0])}
+        for k, p in sweep["parameters"].items()
+    }
+    command = create_sweep_command(sweep["command"])
+    arguments = create_sweep_command_args({"args": low})["args"]
+    assert command[command.index("accelerate") :][:3] == ["accelerate", "launch", "${program}"]
+    fixed = [part for part in command if part.startswith("--")]
+    config = load([*fixed, *arguments])
+    assert config.validation_split == 5000
+    assert config.learning_rate == 0.03
+    assert sweep["metric"] == {"name": "validation_accuracy", "goal": "maximize"}
