@@ -111,7 +111,7 @@ class Training:
             with signals.leaving_at_once():
                 self.tracker.start(self.facts(), self.position.records, wandb_id)
                 self.step.warm_up(self.feed.example())
-            if self.runtime.is_main and not self.position.records:
+            if self.runtime.is_main and not self.position.global_step:  # it draws random numbers
                 layers = list(layer_table(build_network(self.config.network)))
                 self.tracker.log_inputs(self.samples(), layers, self.betons / "manifest.json")
             with profiling.profile(self._profile_folder(), self.say) as self.after_step:
