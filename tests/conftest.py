@@ -61,6 +61,20 @@ def mnist_betons(mnist_root, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def launched_run(small_betons, tmp_path_factory):
+    """`accelerate launch train.py`, as users type it: the run's folder and how it ended."""
+    folder = tmp_path_factory.mktemp("launched") / "run"
+    done = helpers.accelerate_launch(
+        *("train.py", "--dataset", "digits", "--data_dir", small_betons, "--run_dir", folder),
+        *("--recipe", "notebook", "--learning_rate", "0.1", "--epochs", "2", "--feed", "stream"),
+        *("--wandb", "offline"),
+        cwd=helpers.ROOT,
+        timeout=200,
+    )
+    return folder, done
+
+
 @pytest.fixture
 def in_process():
     """For tests that train in this process: leaves no distributed or accelerate state behind."""

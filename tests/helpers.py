@@ -14,6 +14,18 @@ TRAIN = ROOT / "train.py"
 # The digits, quickly: 11 steps per epoch, nothing compiled, no W&B.
 QUICK = ("--dataset", "digits", "--step", "eager", "--wandb", "disabled", "--precision", "no")
 
+# What checks outside the repository rely on.
+RECORD_KEYS = {
+    *("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
+    *("learning_rate", "epoch_seconds", "images_per_second"),
+}
+SUMMARY_KEYS = {
+    *("recipe", "dataset", "parameters", "seed", "epochs", "world_size", "device", "precision"),
+    *("feed", "test_accuracy", "best_test_accuracy", "best_epoch", "test_images"),
+    *("train_seconds", "startup_seconds", "images_per_second", "git_commit", "data_sha256"),
+    "versions",
+}
+
 _FOREIGN = ("WANDB_", "ACCELERATE_", "TORCHELASTIC_", "MLFLOW_", "COMET_")
 _FOREIGN_NAMES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -77,12 +89,12 @@ def train_script(*arguments, cwd, timeout=100, environment=None):
 
 
 def accelerate_launch(*arguments, cwd, timeout=150, environment=None):
-    """`accelerate launch ...`, as the environment's own script runs it."""
-    program = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    return launch(*program, *arguments, cwd=cwd, timeout=timeout, environment=environment)
+    """`accelerate launch ...`, with the program of this environment."""
+    program = Path(sys.executable).with_name("accelerate")
+    return launch(program, "launch", *arguments, cwd=cwd, timeout=timeout, environment=environment)
 
 
-def torchrun(processes, *arguments, cwd, timeout=200, environment=None):
+def torchrun(processes, *arguments, cwd, timeout=300, environment=None):
     """`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N ...` with gloo."""
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     on_cpu = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}

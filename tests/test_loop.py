@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from helpers import QUICK, read_records, read_summary, single_process
+from helpers import (
+    QUICK,
+    RECORD_KEYS,
+    SUMMARY_KEYS,
+    read_records,
+    read_summary,
+    single_process,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -21,17 +28,6 @@ from mnist_fast.errors import InputError, RunError
 from mnist_fast.loop import train
 from mnist_fast.model import build_network
 from mnist_fast.schedule import learning_rate
-
-RECORD_KEYS = {
-    *("epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy"),
-    *("learning_rate", "epoch_seconds", "images_per_second"),
-}
-SUMMARY_KEYS = {
-    *("recipe", "dataset", "parameters", "seed", "epochs", "world_size", "device", "precision"),
-    *("feed", "test_accuracy", "best_test_accuracy", "best_epoch", "test_images"),
-    *("train_seconds", "startup_seconds", "images_per_second", "git_commit", "data_sha256"),
-    "versions",
-}
 
 
 def run(betons, folder, *options, figures=False):
