@@ -9,8 +9,10 @@ It runs in one of three modes that compute the same training:
 
 import contextlib
 import copy
+import os
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +77,17 @@ def resolve_mode(config: Config, precision: str, images_per_epoch: int) -> str:
     if on_gpu:
         return "captured"
     return "compiled" if any(map(shutil.which, ("g++", "c++", "clang++"))) else "eager"
+
+
+def keep_compiled_kernels() -> None:
+    """Keeps them in the user's cache folder: /tmp, torch's choice, often ends with a cluster's job.
+
+    Where there is no such folder, or TORCHINDUCTOR_CACHE_DIR is set, nothing is changed.
+    """
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the user has no home
+        folder = Path.home() / ".cache" / "mnist_fast" / "inductor"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 class CudaGraph:
@@ -173,6 +186,7 @@ class TrainingStep:
         self._captured: dict[bool, CapturedStep] = {}  # by whether images are augmented
         self._augment, self._forward = augment, self._forward_rest
         if self.mode != "eager":
+            keep_compiled_kernels()
             self._forward = torch.compile(self._forward_rest, dynamic=False)
             if device.type == "cuda":  # on CPUs the eager kernels are the faster ones
                 self._augment = torch.compile(augment, dynamic=False)
