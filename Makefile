@@ -26,7 +26,7 @@ train: setup ## prepare the data and train, e.g. make train ARGS="--epochs 1 --s
 	.venv/bin/accelerate launch train.py --dataset auto $(ARGS)
 
 test: setup ## the quick tests, under 8 minutes on two cores
-	$(LIMIT) 900 $(PYTHON) -m pytest -m "not slow" $(ARGS)
+	$(LIMIT) 2100 $(PYTHON) -m pytest -m "not slow" $(ARGS)
 
 test-all: setup ## all tests: real training to accuracy, SLURM, faults
 	-@scripts/apt_install.sh slurm-wlm munge shellcheck
