@@ -57,10 +57,10 @@ def nested(items, into=None):
 
 
 class Board:
-    """What the records of a run say, by kind."""
+    """What the records of a run say, by kind; `folder` is W&B's own."""
 
     def __init__(self, folder):
-        (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+        (path,) = folder.glob("*.wandb")
         self.files = path.parent / "files"
         self.records = list(read_wandb_file(path))
         deadline = time.monotonic() + 30  # W&B's own process writes after `finish` has returned
@@ -123,9 +123,15 @@ def folder(small_betons, tmp_path_factory):
     return folder
 
 
+def only_board(folder):
+    """The only W&B run in the folder of a run."""
+    (found,) = folder.glob("wandb/offline-run-*")
+    return Board(found)
+
+
 @pytest.fixture(scope="module")
 def board(folder):
-    return Board(folder)
+    return only_board(folder)
 
 
 def test_names_come_from_options_then_variables(board):
@@ -225,6 +231,18 @@ def test_artifacts_hold_the_data_the_checkpoints_and_the_weights(board, folder):
     assert kept == (folder / "weights.safetensors").read_bytes()
 
 
+def test_the_same_run_goes_on_after_a_resume(small_betons, tmp_path):
+    options = ("--recipe", "notebook", "--batch_size", "256")  # its schedule can be prolonged
+    train_quickly(small_betons, tmp_path, *options, "--epochs", "1")
+    (first,) = tmp_path.glob("wandb/offline-run-*")
+    train_quickly(small_betons, tmp_path, *options, "--epochs", "2")
+    (second,) = set(tmp_path.glob("wandb/offline-run-*")) - {first}
+    ours, theirs = Board(first), Board(second)
+    assert ours.run.run_id == theirs.run.run_id
+    epochs = [[h["epoch"] for h in b.history if "train_loss" in h] for b in (ours, theirs)]
+    assert epochs == [[1], [2]]
+
+
 # Without a run: a tracker whose W&B is a stand-in
 
 
@@ -308,7 +326,7 @@ def test_a_loss_that_is_not_finite_alerts(small_betons, tmp_path):
     options = ("--learning_rate", "1000", "--schedule", "constant", "--epochs", "3")
     with pytest.raises(RunError, match="the loss is"):
         train_quickly(small_betons, tmp_path / "run", *options)
-    (alert,) = Board(tmp_path / "run").all("alert")
+    (alert,) = only_board(tmp_path / "run").all("alert")
     assert (alert.title, alert.level) == ("Loss is not finite", "ERROR")
 
 
@@ -325,7 +343,7 @@ def test_an_unreachable_server_costs_a_bounded_time(runtime, tmp_path, capsys, m
     said = capsys.readouterr().out
     assert "W&B online failed" in said
     assert "upload later: wandb sync" in said
-    assert Board(tmp_path / "run").history[0]["test_accuracy"] == 50.0
+    assert only_board(tmp_path / "run").history[0]["test_accuracy"] == 50.0
 
 
 def test_a_folder_that_wandb_cannot_write_does_not_stop_the_run(runtime, tmp_path, capsys):
