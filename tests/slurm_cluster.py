@@ -13,7 +13,7 @@ from pathlib import Path
 import helpers
 import pytest
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
+PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 LINKED = ("train.py", "accelerate_config.yaml", "mnist_fast", "data_prep", "slurm")
 
 CONFIGURATION = """
@@ -96,7 +96,8 @@ class Cluster:
     def daemon(self, program, *arguments):
         with (self.folder / f"{program}.log").open("ab") as log:
             process = subprocess.Popen(
-                [shutil.which(program, path=self.environment["PATH"]), *arguments],
+                # ended with this process, however that ends
+                ["setpriv", "--pdeathsig", "KILL", program, *arguments],
                 env=os.environ | self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
