@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from PIL import Image
 from mnist_fast import report
 from mnist_fast.config import Config, dump
 from mnist_fast.errors import InputError
-from mnist_fast.evaluate import Outcome
+from mnist_fast.evaluate import Outcome, inspect
+from mnist_fast.model import build_network
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 # without a network of its own, and without asking for one
@@ -306,3 +308,24 @@ def test_a_folder_that_is_no_run(tmp_path, content, message):
 def test_no_runs_is_one_line():
     with pytest.raises(InputError, match="--help"):
         report.main([])
+
+
+# The outcome that the pictures show
+
+
+def test_the_outcome_is_the_same_from_several_processes():
+    torch.manual_seed(0)
+    network = build_network()
+    images = torch.randint(256, (50, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.randint(10, (50,))
+    alone = inspect(network, images, labels, SimpleNamespace(gather=lambda value: [value]))
+    parts = []
+    for start, stop in ((0, 20), (20, 20), (20, 50)):  # one process has no image
+        runtime = SimpleNamespace(gather=lambda value: parts.append(value) or [value])
+        inspect(network, images[start:stop], labels[start:stop], runtime)
+    together = inspect(network, images[:20], labels[:20], SimpleNamespace(gather=lambda _: parts))
+    for name in ("labels", "predictions", "misread", "images", "probabilities"):
+        assert torch.equal(getattr(alone, name), getattr(together, name)), name
+    assert alone.errors == int((alone.predictions != labels).sum()) > 20
+    assert torch.equal(images[alone.misread, 0], alone.images)
+    assert alone.probabilities.tolist() == sorted(alone.probabilities.tolist(), reverse=True)
