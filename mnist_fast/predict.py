@@ -50,7 +50,7 @@ def load_network(weights: Path) -> tuple[Network, dict[str, str]]:
     Raises:
         InputError: the file is missing, truncated, not safetensors, or of another network.
     """
-    path = weights / "weights.safetensors" if weights.is_dir() else weights
+    path = weights / "weights.safetensors" if os.path.isdir(weights) else weights
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_WEIGHTS_BYTES:
@@ -110,6 +110,8 @@ def read_image(source: Path | bytes) -> NDArray[np.uint8]:
 
 def _read_file(path: Path) -> bytes:
     """A regular file's content; devices and pipes, which may never end, are refused."""
+    if os.path.isdir(path):
+        raise ImageError(f"folder without {', '.join(SUFFIXES)} files")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
@@ -242,9 +244,8 @@ def _in_folder(folder: str) -> Iterator[tuple[str, Path]]:
         for name in names
         if name.lower().endswith(SUFFIXES)
     ]
-    if not found:
-        raise InputError(f"{folder}: holds no {', '.join(SUFFIXES)} file")
-    yield from ((path, Path(path)) for path in sorted(found))
+    # an empty one is handed on itself, so that it gets its line
+    yield from ((path, Path(path)) for path in sorted(found) or [folder])
 
 
 def _from_standard_input() -> Iterator[tuple[str, Path | bytes]]:

@@ -300,8 +300,15 @@ def test_an_image_on_standard_input(weights, monkeypatch):
     assert read_image(content).shape == (28, 28)
 
 
-def test_a_folder_without_images_and_no_image_at_all_are_bad_usage(weights, tmp_path):
-    with pytest.raises(InputError, match="holds no"):
-        module.main([str(weights), str(tmp_path)])
+def test_a_folder_without_images_gets_its_line(weights, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one.png").write_bytes(encoded(seven()))
+    assert module.main([str(weights), str(tmp_path / "empty"), str(tmp_path / "one.png")]) == 1
+    said = capsys.readouterr()
+    assert said.err.endswith("empty: folder without .png, .jpg, .jpeg files\n")
+    assert len(said.out.splitlines()) == 1
+
+
+def test_no_image_is_bad_usage(weights):
     with pytest.raises(InputError, match="--help"):
         module.main([str(weights)])
