@@ -62,16 +62,21 @@ def mnist_betons(mnist_root, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def launched_run(small_betons, tmp_path_factory):
-    """`accelerate launch train.py`, as users type it: the run's folder and how it ended."""
-    folder = tmp_path_factory.mktemp("launched") / "run"
-    done = helpers.accelerate_launch(
-        *("train.py", "--dataset", "digits", "--data_dir", small_betons, "--run_dir", folder),
-        *("--recipe", "notebook", "--learning_rate", "0.1", "--epochs", "2", "--feed", "stream"),
-        *("--wandb", "offline"),
-        cwd=helpers.ROOT,
-        timeout=200,
-    )
+def launched_run(tmp_path_factory):
+    """`accelerate launch train.py --dataset auto`, as `make train` does it, in an empty folder.
+
+    There is no MNIST and no network. Gives the folder in which it was started, and how it ended.
+    """
+    folder = tmp_path_factory.mktemp("launched")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MNIST_ROOT", raising=False)
+        done = helpers.accelerate_launch(
+            *(helpers.TRAIN, "--dataset", "auto", "--recipe", "notebook", "--epochs", "2"),
+            *("--learning_rate", "0.1", "--feed", "stream", "--wandb", "offline"),
+            cwd=folder,
+            timeout=300,
+            environment=helpers.NO_NETWORK,
+        )
     return folder, done
 
 

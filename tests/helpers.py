@@ -26,6 +26,13 @@ SUMMARY_KEYS = {
     "versions",
 }
 
+# Nobody listens there: the network is cut off in the same way on every machine.
+NO_NETWORK = {
+    name: "http://127.0.0.1:9"
+    for proxy in ("http_proxy", "https_proxy", "all_proxy")
+    for name in (proxy, proxy.upper())
+}
+
 _FOREIGN = ("WANDB_", "ACCELERATE_", "TORCHELASTIC_", "MLFLOW_", "COMET_")
 _FOREIGN_NAMES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 

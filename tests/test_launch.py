@@ -1,0 +1,251 @@
+"""Real launches, as users type them: several processes, exit statuses, messages, what is left."""
+
+import os
+import re
+import signal
+import sys
+import time
+
+import helpers
+import pytest
+import torch
+import yaml
+from distributed_checks import all_checks
+from helpers import (
+    RECORD_KEYS,
+    ROOT,
+    SUMMARY_KEYS,
+    error_lines,
+    read_records,
+    read_summary,
+    train_script,
+)
+from safetensors.torch import load_file
+
+from mnist_fast import loop
+from mnist_fast.config import Config, load
+from mnist_fast.runtime import Runtime
+
+# Several processes: the same checks in 2 and 3 processes and in this one
+
+
+@pytest.fixture(scope="module")
+def alone(small_betons):
+    """What one process sees."""
+    with helpers.single_process():
+        return all_checks(small_betons, Runtime(Config(precision="no", threads=1)))
+
+
+@pytest.fixture(scope="module")
+def together(small_betons, tmp_path_factory):
+    """What N processes see, and how the launch ended; each N is launched once."""
+    launched = {}
+
+    def launch(processes):
+        if processes not in launched:
+            out = tmp_path_factory.mktemp(f"of-{processes}")
+            script = ROOT / "tests" / "distributed_checks.py"
+            done = helpers.torchrun(processes, script, small_betons, out, cwd=out)
+            assert (out / "results.pt").exists(), done.stderr
+            launched[processes] = (torch.load(out / "results.pt", weights_only=False), done, out)
+        return launched[processes]
+
+    return launch
+
+
+# One launch takes 15 seconds on two idle cores; the first test of each number waits for it.
+pytestmark = pytest.mark.timeout(400)
+several = pytest.mark.parametrize("processes", [2, 3])
+
+
+@several
+def test_global_batches_are_those_of_one_process(alone, together, processes):
+    """Images, labels and augmented inputs of every step, from both feeds, in two epochs."""
+    batches = together(processes)[0]["batches"]
+    assert batches == alone["batches"]
+    assert batches["resident", 0] == batches["stream", 0]
+    assert batches["resident", 0] != batches["resident", 2]
+    assert all(len(steps) == 15 for steps in batches.values())
+
+
+@several
+@pytest.mark.parametrize("reduction", ["ddp", "flat"])
+def test_gradients_are_those_of_one_process(alone, together, processes, reduction):
+    """Also in the last batch, whose 93 images two processes cannot share evenly."""
+    gradients, totals = together(processes)[0][reduction]
+    expected, expected_totals = alone[reduction]
+    torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-5)
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(totals, expected_totals, rtol=1e-5, atol=0)
+    assert totals[2] == 1_437
+
+
+@several
+def test_every_image_is_evaluated_once(alone, together, processes):
+    """Also a number that no number of processes divides, and fewer images than processes."""
+    for count, result in together(processes)[0]["evaluations"].items():
+        assert result.images == count
+        assert result.accuracy == alone["evaluations"][count].accuracy
+        assert result.loss == pytest.approx(alone["evaluations"][count].loss, rel=1e-6)
+
+
+@several
+def test_the_processes_agree(together, processes):
+    agreed = together(processes)[0]["agreements"]
+    assert agreed["gather"] == list(range(processes))
+    assert agreed["broadcast"] == [("from", 0)] * processes
+    assert agreed["on_main"] == [0] * processes
+    assert agreed["refused"] == [("only the main process looked", True)] * processes
+    (answers,) = {tuple(answers) for answers in agreed["stop"]}
+    assert True in answers  # the same answer everywhere, and in time
+
+
+@several
+def test_a_batch_they_cannot_share_is_refused_in_one_line(together, processes):
+    results, done, _ = together(processes)
+    assert results["refused"] == [2] * processes
+    lines = [line for line in error_lines(done.stderr) if "divisible" in line]
+    assert len(lines) == 1
+    assert f"batch_size 125 is not divisible by {processes} processes" in lines[0]
+
+
+def test_a_loss_that_is_not_finite_stops_both_processes_with_one_line(together):
+    _, done, out = together(2)
+    assert done.returncode == 1
+    lines = [line for line in error_lines(done.stderr) if "the loss is" in line]
+    assert len(lines) == 1
+    assert "lower --learning_rate" in lines[0]
+    assert "mnist_fast/" not in done.stderr  # the launcher's traceback is not one of ours
+    assert not (out / "run" / "summary.json").exists()
+
+
+def test_held_out_images_are_counted_on_three_processes(together):
+    _, done, out = together(3)
+    assert done.returncode == 0, done.stderr
+    summary = read_summary(out / "run")
+    assert (summary["world_size"], summary["validation_images"]) == (3, 353)
+    assert len(read_records(out / "run")) == 1
+
+
+# accelerate launch
+
+
+def assert_complete(folder, epochs):
+    """A run left all that it should."""
+    records = read_records(folder)
+    assert [record["epoch"] for record in records] == list(range(1, epochs + 1))
+    assert all(record.keys() >= RECORD_KEYS for record in records)
+    assert read_summary(folder).keys() >= SUMMARY_KEYS
+    assert yaml.safe_load((folder / "config.yaml").read_text())["epochs"] == epochs
+    assert list((folder / "checkpoints").glob("step-*"))
+    assert sum(tensor.numel() for tensor in load_file(folder / "weights.safetensors").values())
+
+
+def run_of(launched):
+    """The folder of the one run that was launched."""
+    folder, done = launched
+    assert done.returncode == 0, done.stderr
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def test_accelerate_launch_without_a_configuration_file(launched_run):
+    """One process on a machine without GPUs, W&B offline."""
+    run = run_of(launched_run)
+    assert_complete(run, epochs=2)
+    summary = read_summary(run)
+    assert (summary["feed"], summary["test_images"]) == ("stream", 360)
+    assert summary["world_size"] == max(1, torch.cuda.device_count())
+    stdout = launched_run[1].stdout
+    assert stdout.count("\nepoch ") == 2
+    assert "W&B is offline; upload later: wandb sync" in stdout
+
+
+def test_auto_trains_on_the_digits_and_says_so_everywhere(launched_run):
+    """Where there is no MNIST and no network; the data is prepared by the run itself."""
+    run = run_of(launched_run)
+    assert re.search(r"WARNING.* NOT MNIST", launched_run[1].stderr)
+    assert "-digits-" in run.name
+    assert read_summary(run)["dataset"] == "digits"
+    assert [record["dataset"] for record in read_records(run)] == ["digits", "digits"]
+    assert (launched_run[0] / "data" / "betons" / "digits" / "manifest.json").exists()
+
+
+def test_accelerate_launch_with_the_configuration_file(small_betons, tmp_path):
+    """One process per GPU, or per CPU on a small machine without one; bf16."""
+    cpus = len(os.sched_getaffinity(0))
+    few = [] if cpus <= 2 or torch.cuda.is_available() else ["--num_processes", "2"]
+    done = helpers.accelerate_launch(
+        *("--config_file", "accelerate_config.yaml", *few, "train.py"),
+        *("--dataset", "digits", "--data_dir", small_betons, "--run_dir", tmp_path / "run"),
+        *("--epochs", "1", "--step", "eager", "--wandb", "disabled"),
+        cwd=ROOT,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_complete(tmp_path / "run", epochs=1)
+    summary = read_summary(tmp_path / "run")
+    assert summary["world_size"] == (torch.cuda.device_count() or min(2, cpus))
+    assert summary["precision"] == "bf16"
+    assert summary["test_images"] == 360
+    assert not list((tmp_path / "run").rglob("*.wandb"))
+
+
+@pytest.mark.timeout(90)
+def test_without_mnist_one_message_names_files_and_alternatives(tmp_path, monkeypatch):
+    monkeypatch.delenv("MNIST_ROOT", raising=False)
+    started = time.monotonic()
+    choices = ("--wandb", "disabled")
+    done = train_script(*choices, cwd=tmp_path, timeout=60, environment=helpers.NO_NETWORK)
+    assert time.monotonic() - started < 60
+    assert done.returncode == 2
+    (line,) = error_lines(done.stderr)
+    for name in ("train-images", "train-labels", "t10k-images", "t10k-labels"):
+        assert f"{name}-idx" in line
+    for alternative in ("MNIST_ROOT", "--dataset digits", "--dataset auto"):
+        assert alternative in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+# Stopping
+
+
+def test_a_stopped_run_goes_on_where_it_was(small_betons, tmp_path, monkeypatch):
+    """SIGTERM to a real process; then the same choices again, and the same weights in the end."""
+    monkeypatch.setattr(loop.report, "draw_run", lambda *_: None)  # it takes seconds
+
+    def choices(name):
+        fixed = [*helpers.QUICK, "--recipe", "notebook", "--epochs", "16", "--threads", "1"]
+        return [*fixed, "--data_dir", str(small_betons), "--run_dir", str(tmp_path / name)]
+
+    program = [sys.executable, helpers.TRAIN, *choices("stopped")]
+    process = helpers.start(*program, cwd=tmp_path)
+    try:
+        metrics, limit = tmp_path / "stopped" / "metrics.jsonl", time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text()) and time.monotonic() < limit:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        helpers.end(process)
+    assert process.returncode == 1
+    (line,) = error_lines(stderr)
+    assert "stopped on request at step" in line
+    assert str(tmp_path / "stopped") in line
+    assert 1 <= len(read_records(tmp_path / "stopped")) < 16
+    assert not (tmp_path / "stopped" / "summary.json").exists()
+
+    for name in ("stopped", "through"):
+        with helpers.single_process():
+            loop.train(load(choices(name)))
+    records = {name: read_records(tmp_path / name) for name in ("stopped", "through")}
+    assert len(records["stopped"]) == 16
+    for one, other in zip(*records.values(), strict=True):
+        for key in RECORD_KEYS - {"epoch_seconds", "images_per_second"}:
+            assert one[key] == other[key], key
+    stopped, through = (
+        load_file(tmp_path / name / "weights.safetensors") for name in ("stopped", "through")
+    )
+    for name, tensor in through.items():
+        assert torch.equal(stopped[name], tensor), name
