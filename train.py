@@ -3,11 +3,15 @@
 import sys
 
 from mnist_fast import signals
-from mnist_fast.errors import run_main
+from mnist_fast.errors import InputError, run_main
+from scripts.preflight import LIBRARIES, missing_libraries
 
 
 def main() -> int:
     """Resolves the command line and trains."""
+    needed = [name for name in LIBRARIES if name != "wandb"]  # a run goes on without it
+    for fault in missing_libraries(needed, quick=True):
+        raise InputError(fault)
     from mnist_fast.config import load
 
     config = load()
