@@ -101,7 +101,7 @@ def test_the_layers_and_what_goes_sideways_have_no_circle():
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_go_down(module):
     if module in ("mnist_fast", "data_prep"):
-        assert set(imported(MODULES[module])) == set()  # importing a package costs nothing
+        assert set(imported(MODULES[module])) <= {"os"}  # importing a package costs nothing
     else:
         assert our_imports(MODULES[module]) - allowed(module) == set()
 
