@@ -117,7 +117,7 @@ class Config:
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if not low <= value <= high:
-                fault = f"{name} is {value}: it must be between {low:g} and {high:g}"
+                fault = f"{name} is {value}: it must be between {low:,} and {high:,}"
                 raise InputError(f"{fault}; see train.py --help")
         if self.scale_min > self.scale_max:
             raise InputError(
@@ -197,16 +197,17 @@ def build_parser() -> Any:
         prog="train.py", exit_on_error=False, allow_abbrev=False, description=DESCRIPTION
     )
     parser.add_argument("--config", type=str | None, default=None, help="YAML file with options")
+    recipe = read_recipe(Config.recipe)  # what a run without options takes
     for field in dataclasses.fields(Config):
+        default = recipe.get(field.name, field.default)
         help_text = field.metadata["help"]
-        parser.add_argument(
-            f"--{field.name}", type=field.type, default=field.default, help=help_text
-        )
+        parser.add_argument(f"--{field.name}", type=field.type, default=default, help=help_text)
     return parser
 
 
 DESCRIPTION = """Trains the network. Choices come from the recipe, then the configuration file,
-then the options, each overriding the one before."""
+then the options, each overriding the one before. The defaults shown are those of the default
+recipe."""
 
 
 def load(arguments: Sequence[str] | None = None) -> Config:

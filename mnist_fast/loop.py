@@ -135,6 +135,7 @@ class Training:
             self.runtime.average_buffers(self.step.averaged)
         images, labels, count = self.evaluation_set
         test = evaluate(self.step.best_network(), images, labels, self.runtime, count)
+        self.require_finite(test.loss)  # the epoch's last step may have been the one too far
         record = self.make_record(train, test) | {"gradient_norm": self.step.gradient_norm()}
         position.records.append(record)
         position.epoch, position.step, position.epoch_seconds = position.epoch + 1, 0, 0.0
@@ -164,11 +165,15 @@ class Training:
                 self.stop()
         loss, hits, count = self.runtime.sum(self.step.totals).tolist()
         position.epoch_seconds += time.perf_counter() - started
+        self.require_finite(loss)
+        return Evaluation(loss / count, 100 * hits / count, int(count))
+
+    def require_finite(self, loss: float) -> None:
+        """Ends the run where a loss, the same on every process, is not a number or infinite."""
         if not math.isfinite(loss):
-            fault = f"the loss is {loss} in epoch {position.epoch + 1}: lower --learning_rate"
+            fault = f"the loss is {loss} in epoch {self.position.epoch + 1}: lower --learning_rate"
             self.tracker.alert("Loss is not finite", f"{self.folder.name}: {fault}", failed=True)
             raise RunError(fault, shared=True)
-        return Evaluation(loss / count, 100 * hits / count, int(count))
 
     def progress(self, batches: Any, steps: int) -> Any:
         """The batches, with a bar on the main process's terminal."""

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -68,7 +69,9 @@ class Runtime:
 
     def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Moves to the device and wraps for several processes (DDP) and for fp16's scaler."""
-        return self.accelerator.prepare(network, optimizer)
+        with warnings.catch_warnings():  # the name that follows it is not in every torch since 2.6
+            warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated", FutureWarning)
+            return self.accelerator.prepare(network, optimizer)
 
     def unwrap(self, network: nn.Module) -> Any:
         """The network inside what `prepare` returned."""

@@ -116,6 +116,7 @@ def test_a_loss_that_is_not_finite_stops_both_processes_with_one_line(together):
     assert len(lines) == 1
     assert "lower --learning_rate" in lines[0]
     assert "mnist_fast/" not in done.stderr  # the launcher's traceback is not one of ours
+    assert "Warning: `" not in done.stderr
     assert not (out / "run" / "summary.json").exists()
 
 

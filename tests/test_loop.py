@@ -315,6 +315,21 @@ def test_a_loss_that_is_not_finite_ends_the_run(small_betons, tmp_path):
     assert not (tmp_path / "weights.safetensors").exists()
 
 
+def test_an_evaluation_that_is_not_finite_ends_the_run(small_betons, tmp_path, monkeypatch):
+    """Where the last step of an epoch broke the weights, its own loss was still a number."""
+    train_epoch = loop.Training.train_epoch
+
+    def break_afterwards(self):
+        result = train_epoch(self)
+        self.step.network.layers[0].weight.data.fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(loop.Training, "train_epoch", break_afterwards)
+    with pytest.raises(RunError, match="the loss is nan in epoch 1"):
+        run(small_betons, tmp_path)
+    assert read_records(tmp_path) == []
+
+
 # The real thing
 
 
