@@ -73,10 +73,6 @@ class Runtime:
             warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated", FutureWarning)
             return self.accelerator.prepare(network, optimizer)
 
-    def unwrap(self, network: nn.Module) -> Any:
-        """The network inside what `prepare` returned."""
-        return self.accelerator.unwrap_model(network)
-
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Runs the forward pass in the run's precision."""
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
