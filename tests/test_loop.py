@@ -25,6 +25,7 @@ from mnist_fast.augment import augment, derive_key
 from mnist_fast.config import load
 from mnist_fast.data import epoch_order
 from mnist_fast.errors import InputError, RunError
+from mnist_fast.evaluate import Evaluation
 from mnist_fast.loop import train
 from mnist_fast.model import build_network
 from mnist_fast.schedule import learning_rate
@@ -95,6 +96,14 @@ def test_the_summary_follows_from_the_records(finished):
     assert summary["train_seconds"] == pytest.approx(sum(seconds))
     assert summary["images_per_second"] == pytest.approx(8 * 1_408 / sum(seconds))
     assert summary["startup_seconds"] > 0
+
+
+def test_the_last_epoch_and_the_best_are_told_apart(small_betons, tmp_path, monkeypatch):
+    results = iter([Evaluation(0.5, accuracy, 360) for accuracy in (50.0, 90.0, 70.0)])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: next(results))
+    summary = run(small_betons, tmp_path, "--epochs", 3)
+    assert summary["test_accuracy"] == 70
+    assert (summary["best_test_accuracy"], summary["best_epoch"]) == (90, 2)
 
 
 def test_each_epoch_has_one_record(finished):
