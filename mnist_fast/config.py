@@ -79,10 +79,10 @@ class Config:
     precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "auto", "mixed precision; auto is bf16 where the hardware has it, or what the launcher set"
     )
-    step: Literal["auto", "eager", "compiled", "captured"] = option(
+    step: Literal["auto", "eager", "native", "compiled", "captured"] = option(
         "auto",
-        "how a step runs; captured: one CUDA graph; auto: captured on GPUs, compiled on CPUs with "
-        "a C++ compiler, eager where the run is too short for either",
+        "how a step runs; native: C++ for CPUs; captured: one CUDA graph; auto: captured on GPUs, "
+        "native on CPUs with a C++ compiler, eager where the run is too short for either",
     )
     feed: Literal["auto", "resident", "stream"] = option(
         "auto", "images held on the device, or streamed by FFCV; auto is resident where they fit"

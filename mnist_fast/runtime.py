@@ -232,8 +232,8 @@ def set_threads(wanted: int) -> None:
 def resolve_precision(wanted: str) -> str:
     """The mixed precision to use.
 
-    `auto` takes what `accelerate launch` was told, else bf16 where matrix units for it exist: on
-    GPUs from Ampere on and on CPUs with AMX. Without these, bf16 is slower than float32.
+    `auto` takes what `accelerate launch` was told, else bf16 on GPUs that multiply it, from Ampere
+    on. On CPUs the native step is the fastest, and that computes in float32.
 
     Raises:
         InputError: fp16 without a GPU.
@@ -247,11 +247,8 @@ def resolve_precision(wanted: str) -> str:
 
 
 def has_bf16() -> bool:
-    """Whether the hardware multiplies bf16 matrices natively."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_capability() >= (8, 0)
-    check = getattr(torch.cpu, "_is_amx_tile_supported", None)  # named so in torch 2.6 and later
-    return bool(check and check())
+    """Whether there is a GPU that multiplies bf16 matrices."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def device_name(device: torch.device) -> str:

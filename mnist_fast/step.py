@@ -1,8 +1,9 @@
 """One training step: augment, forward, loss, backward, gradient reduction, SGD.
 
-It runs in one of three modes that compute the same training:
+It runs in one of four modes that compute the same training:
 
 - eager: kernel by kernel, through Accelerate's wrappers.
+- native: forward and backward pass in C++ of our own, on CPUs in float32.
 - compiled: augmentation (on GPUs), forward and backward pass are compiled.
 - captured: the whole compiled step is recorded as one CUDA graph, and a step is one launch.
 """
@@ -10,14 +11,13 @@ It runs in one of three modes that compute the same training:
 import contextlib
 import copy
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mnist_fast import native
 from mnist_fast.augment import augment, derive_key, normalise, scale_pixels
 from mnist_fast.config import Config
 from mnist_fast.data import Batch, Sharding
@@ -25,9 +25,9 @@ from mnist_fast.errors import InputError
 from mnist_fast.model import Network
 from mnist_fast.runtime import Runtime
 
-COMPILE_FROM_IMAGES = (
-    400_000  # fewer than this over the run, and compiling costs more than it gives
-)
+# Fewer images than this over the run, and compiling costs more than it gives
+COMPILE_FROM_IMAGES = 400_000
+NATIVE_FROM_IMAGES = 50_000
 WARM_UPS = 11  # runs before a capture: DDP's and NCCL's set-up takes up to 11 iterations
 
 
@@ -58,25 +58,39 @@ def build_optimizer(config: Config, network: nn.Module) -> torch.optim.SGD:
 
 
 def resolve_mode(config: Config, precision: str, images_per_epoch: int) -> str:
-    """The step mode; `auto` is captured on GPUs and compiled on CPUs, where that pays, else eager.
+    """The step mode; `auto` is captured on GPUs and native on CPUs, or what comes next to it.
 
     fp16 is always eager: its loss scaling decides on the host whether a step is taken.
 
     Raises:
-        InputError: a captured step is asked for without a GPU.
+        InputError: what is asked for cannot be had on this machine or in this precision.
     """
     on_gpu = torch.cuda.is_available()
     if config.step == "captured" and not on_gpu:
-        raise InputError("--step captured needs a GPU: use compiled, eager or auto", shared=True)
+        raise InputError("--step captured needs a GPU: use native, eager or auto", shared=True)
+    if config.step == "native":
+        _check_native(precision, on_gpu)
     if precision == "fp16":
         return "eager"
     if config.step != "auto":
         return config.step
-    if config.epochs * images_per_epoch < COMPILE_FROM_IMAGES:
-        return "eager"
+    images = config.epochs * images_per_epoch
     if on_gpu:
-        return "captured"
-    return "compiled" if any(map(shutil.which, ("g++", "c++", "clang++"))) else "eager"
+        return "captured" if images >= COMPILE_FROM_IMAGES else "eager"
+    if precision == "no" and images >= NATIVE_FROM_IMAGES and native.load_library():
+        return "native"
+    return "compiled" if images >= COMPILE_FROM_IMAGES and native.compiler() else "eager"
+
+
+def _check_native(precision: str, on_gpu: bool) -> None:
+    if on_gpu:
+        raise InputError("--step native is for CPUs: use captured, compiled or auto", shared=True)
+    if precision != "no":
+        raise InputError(
+            f"--step native computes in float32: leave out --precision {precision}", shared=True
+        )
+    if not native.load_library():
+        raise InputError("--step native needs a C++ 20 compiler: use eager or auto", shared=True)
 
 
 def keep_compiled_kernels() -> None:
@@ -84,9 +98,8 @@ def keep_compiled_kernels() -> None:
 
     Where there is no such folder, or TORCHINDUCTOR_CACHE_DIR is set, nothing is changed.
     """
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the user has no home
-        folder = Path.home() / ".cache" / "mnist_fast" / "inductor"
-        folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = native.cache_folder("inductor")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
@@ -167,8 +180,11 @@ class TrainingStep:
         if self.mode == "eager" and config.step not in ("auto", "eager") and runtime.is_main:
             print("step: eager, because fp16's loss scaling waits for the host in every step")
         device = runtime.device
-        network = network.to(device).to(memory_format=torch.channels_last)
+        network = network.to(device)
+        if self.mode != "native":
+            network = network.to(memory_format=torch.channels_last)
         self.network = network
+        self._native = native.NativeNetwork(network) if self.mode == "native" else None
         self.averaged = copy.deepcopy(network).eval() if config.ema_decay else None
         self.optimizer = build_optimizer(config, network)
         if self.mode == "eager":
@@ -182,10 +198,10 @@ class TrainingStep:
         self._position = torch.zeros((), dtype=torch.int64, device=device)
         self._offsets = torch.arange(sharding.local_size, device=device)
         self._set_up_optimizer()
-        self._augmented = True
+        self._augmented, self._dropout_key = True, 0
         self._captured: dict[bool, CapturedStep] = {}  # by whether images are augmented
         self._augment, self._forward = augment, self._forward_rest
-        if self.mode != "eager":
+        if self.mode in ("compiled", "captured"):
             keep_compiled_kernels()
             self._forward = torch.compile(self._forward_rest, dynamic=False)
             if device.type == "cuda":  # on CPUs the eager kernels are the faster ones
@@ -203,6 +219,7 @@ class TrainingStep:
     def start_epoch(self, epoch: int) -> None:
         """Sets the epoch whose augmentation is drawn."""
         self._key.fill_(derive_key(self.config.seed, epoch, "augment"))
+        self._dropout_key = derive_key(self.config.seed, epoch, "dropout")
         self._augmented = epoch < self.config.epochs - self.config.plain_epochs
         self._forward_network.train()
 
@@ -222,10 +239,17 @@ class TrainingStep:
         """
         weight = self.runtime.world_size / batch.global_size
         images, labels = batch.gather()
-        forward = self._forward if len(batch) == self.sharding.local_size else self._forward_rest
         self._stepper.zero_grad()  # not behind the step: `gradient_norm` reads the last ones
-        loss, counts = forward(self._prepare_inputs(images), labels)
-        self.runtime.backward(loss * weight)
+        inputs = self._prepare_inputs(images)
+        if self._native is not None and len(batch) % self._native.lanes == 0:
+            place = (self._dropout_key, batch.position)
+            smoothing = self.config.label_smoothing
+            loss_sum, hits = self._native.train(inputs, labels, weight, smoothing, place)
+            counts = self.totals.new_tensor([loss_sum, hits, len(batch)])
+        else:
+            whole = len(batch) == self.sharding.local_size
+            loss, counts = (self._forward if whole else self._forward_rest)(inputs, labels)
+            self.runtime.backward(loss * weight)
         if self.mode != "eager":
             self.runtime.average_gradients(self.network)
         self._stepper.step()
@@ -263,7 +287,7 @@ class TrainingStep:
             example: a whole batch in the feed's form, with any content. A captured step keeps its
                 tensors.
         """
-        if self.mode == "eager":
+        if self.mode in ("eager", "native"):
             return
         with self._unchanged():
             if self.mode == "compiled":

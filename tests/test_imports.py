@@ -13,7 +13,7 @@ LAYERS = [
     {"config", "signals"},
     {"augment", "model", "schedule"},
     {"checkpoint", "data", "evaluate", "profiling", "progress", "report", "run_folder"}
-    | {"runtime", "step", "tracking"},
+    | {"native", "runtime", "step", "tracking"},
     {"loop", "predict"},
     {"train", "many", "export"},
 ]
@@ -23,7 +23,7 @@ SIDEWAYS = {
     "evaluate": {"runtime"},
     "progress": {"data"},
     "report": {"evaluate"},
-    "step": {"data", "runtime"},
+    "step": {"data", "native", "runtime"},
     "tracking": {"evaluate", "runtime"},
 }
 DATA_PREP_FOR = {"loop", "export"}  # who may ask for the betons

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from data_prep.sources import load_digits
-from mnist_fast import step as step_module
+from mnist_fast import native
 from mnist_fast.augment import augment, derive_key, normalise, scale_pixels
 from mnist_fast.config import Config
 from mnist_fast.data import ResidentFeed, Sharding
@@ -230,7 +230,8 @@ def test_bf16_is_the_same_step_in_fewer_digits(in_process, feed):
 @pytest.mark.parametrize(
     ("choice", "precision", "images", "compiler", "expected"),
     [
-        ("auto", "no", 60_000, True, "compiled"),
+        ("auto", "no", 60_000, True, "native"),
+        ("auto", "bf16", 60_000, True, "compiled"),
         ("auto", "no", 60_000, False, "eager"),
         ("auto", "no", 1_437, True, "eager"),
         ("eager", "no", 60_000, True, "eager"),
@@ -243,7 +244,8 @@ def test_the_mode_follows_choice_precision_size_and_compiler(
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = "g++" if compiler else None
-    monkeypatch.setattr(step_module.shutil, "which", lambda name: found)
+    monkeypatch.setattr(native, "compiler", lambda: found)
+    monkeypatch.setattr(native, "load_library", lambda: found)
     assert resolve_mode(Config(step=choice, epochs=15), precision, images) == expected
 
 

@@ -192,7 +192,7 @@ images, labels = torch.randint(0, 256, (76, 1, 28, 28), dtype=torch.uint8), torc
 sharding = t.Sharding(76, 16, False, runtime.rank, runtime.world_size)
 feed = t.ResidentFeed(images, labels, sharding, 1)
 states = []
-for mode in ("captured", "eager"):
+for mode in (sys.argv[1], "eager"):
     config = t.dataclasses.replace(t.CONFIG, step=mode, dropout=0.0)
     states.append(t.train(config, runtime, feed)[0].state())
 worst = max((states[0][k].double() - states[1][k].double()).abs().max().item() for k in states[0])
@@ -203,13 +203,14 @@ runtime.close()
 
 
 @pytest.mark.slow
-def test_captured_trains_as_ddp_does_on_two_processes(tmp_path):
-    """The flat reduction inside the captured step against DDP around the eager one."""
+@pytest.mark.parametrize("mode", ["captured", "native"])
+def test_a_mode_trains_as_ddp_does_on_two_processes(tmp_path, mode):
+    """The flat reduction of that mode's step against DDP around the eager one."""
     program = tmp_path / "program.py"
     program.write_text(PROCESSES)
     done = helpers.launch(
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
-        program,
+        *(program, mode),
         cwd=helpers.ROOT,
         timeout=250,
         environment={"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(helpers.ROOT)},

@@ -1,0 +1,599 @@
+// Training and inference of the networks on CPUs. native.py compiles this file and describes what it passes.
+//
+// A vector holds the same value of LANES images, so that each loop reads like that of one image and every lane works,
+// however few channels there are. Activations are (group of LANES images, channel, row, column, lane). A network is a
+// chain of layers: convolution, ReLU or not, BatchNorm or not, dropout, ReLU or not, pooling or not. Only what a
+// convolution and its ReLU give is kept for the backward pass; what follows is cheap and computed again.
+//
+// Sums over images are made group by group, and then over the groups in their order: the number of threads changes
+// no bit of the result.
+
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+constexpr int BLOCK = 4;        // output channels that a kernel works on at a time
+constexpr int STRIP = 3;        // pixels, or weights, likewise: 12 sums and what feeds them fill AVX2's 16 registers
+constexpr int MOST_WINDOW = 16;  // side of a pooling window
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t Mask __attribute__((vector_size(LANES * 4)));
+typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
+
+enum Pool { NONE, MAX, AVERAGE };
+
+// One layer; the same fields stand in native.py. Weights are (outputs, inputs, kernel, kernel), sizes in pixels.
+struct Layer {
+  int32_t inputs, outputs, kernel, padding, input_size;
+  int32_t normalises, relu_before, relu_after, pool, window;
+  float epsilon, momentum, dropout;
+  const float *weight, *scale, *shift;
+  float *weight_gradient, *scale_gradient, *shift_gradient, *running_mean, *running_variance;
+
+  int padded() const { return input_size + 2 * padding; }
+  int size() const { return padded() - kernel + 1; }
+  int pooled() const { return size() / window; }
+  int taps() const { return inputs * kernel * kernel; }
+  size_t values() const { return size_t(outputs) * size() * size(); }
+  size_t results() const { return size_t(outputs) * pooled() * pooled(); }
+};
+
+namespace {
+
+int blocks(int channels) { return (channels + BLOCK - 1) / BLOCK; }
+
+Vec all(float value) { return Vec{} + value; }
+
+// Comparisons stand so that a NaN stays one.
+Vec relu(Vec v) { return v < 0 ? Vec{} : v; }
+
+double sum(Vec v) {
+  double total = 0;
+  for (int lane = 0; lane < LANES; lane++) total += v[lane];
+  return total;
+}
+
+// Memory that keeps its size from call to call, as fresh pages cost as much as a convolution.
+class Buffer {
+ public:
+  Vec *get(size_t count) {
+    if (count > count_) {
+      data_.reset(static_cast<Vec *>(std::aligned_alloc(alignof(Vec), count * sizeof(Vec))));
+      if (!data_) throw std::bad_alloc();
+      count_ = count;
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(Vec *data) const { std::free(data); }
+  };
+  std::unique_ptr<Vec[], Free> data_;
+  size_t count_ = 0;
+};
+
+// Dropout's factors, 0 or 1 / (1 - p), for one channel of a group. Random numbers are xorshift32's (Marsaglia 2003) in
+// each lane, from a hash (lowbias32 by Wellons) of key, layer, channel and the image's position in the epoch, so that they
+// depend neither on batches nor on processes; the backward pass draws them again.
+class Dropout {
+ public:
+  Dropout(float p, uint64_t key, int layer, int channel, uint64_t position)
+      : below_(Bits{} + uint32_t(p * 4294967296.0)), keep_(all(1 / (1 - p))) {
+    const uint32_t place = hash(hash(uint32_t(key) ^ hash(uint32_t(key >> 32))) + uint32_t(layer * 4096 + channel));
+    for (int lane = 0; lane < LANES; lane++) state_[lane] = hash(place ^ hash(uint32_t(position + lane))) | 1;
+  }
+  Vec next() {
+    state_ ^= state_ << 13;
+    state_ ^= state_ >> 17;
+    state_ ^= state_ << 5;
+    return state_ < below_ ? Vec{} : keep_;
+  }
+
+ private:
+  static uint32_t hash(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x7FEB352Du;
+    x = (x ^ (x >> 15)) * 0x846CA68Bu;
+    return x ^ (x >> 16);
+  }
+  Bits state_, below_;
+  Vec keep_;
+};
+
+// COUNT neighbouring pixels of BLOCK channels. weights: (taps, BLOCK).
+template <int KERNEL, int COUNT>
+inline void strip(const Vec *in, int inputs, int width, const float *weights, Vec (&sums)[BLOCK][STRIP]) {
+  Vec local[BLOCK][COUNT] = {};
+  for (int channel = 0; channel < inputs; channel++, in += width * width) {
+#pragma GCC unroll 3
+    for (int ky = 0; ky < KERNEL; ky++) {
+#pragma GCC unroll 3
+      for (int kx = 0; kx < KERNEL; kx++, weights += BLOCK) {
+#pragma GCC unroll 4
+        for (int j = 0; j < BLOCK; j++) {
+#pragma GCC unroll 3
+          for (int b = 0; b < COUNT; b++) local[j][b] += in[ky * width + kx + b] * weights[j];
+        }
+      }
+    }
+  }
+  for (int j = 0; j < BLOCK; j++)
+    for (int b = 0; b < COUNT; b++) sums[j][b] = local[j][b];
+}
+
+// Convolution of one group: in (inputs, width, width), weights (blocks, taps, BLOCK); calls store(channel, pixel, sum).
+template <int KERNEL, class Store>
+void convolve(const Vec *in, int inputs, int width, const float *weights, int outputs, Store store) {
+  const int size = width - KERNEL + 1, taps = inputs * KERNEL * KERNEL;
+  for (int first = 0; first < outputs; first += BLOCK, weights += taps * BLOCK) {
+    for (int y = 0; y < size; y++) {
+      for (int x = 0; x < size; x += STRIP) {
+        Vec sums[BLOCK][STRIP];
+        const Vec *corner = in + y * width + x;
+        const int count = std::min(STRIP, size - x);
+        if (count == 3) strip<KERNEL, 3>(corner, inputs, width, weights, sums);
+        else if (count == 2) strip<KERNEL, 2>(corner, inputs, width, weights, sums);
+        else strip<KERNEL, 1>(corner, inputs, width, weights, sums);
+        for (int j = 0; j < std::min(BLOCK, outputs - first); j++)
+          for (int b = 0; b < count; b++) store(first + j, y * size + x + b, sums[j][b]);
+      }
+    }
+  }
+}
+
+template <class Store>
+void convolve(int kernel, const Vec *in, int inputs, int width, const float *weights, int outputs, Store store) {
+  if (kernel == 3) convolve<3>(in, inputs, width, weights, outputs, store);
+  else if (kernel == 1) convolve<1>(in, inputs, width, weights, outputs, store);
+  else std::abort();  // native.py does not ask for it
+}
+
+// Gradients of COUNT weights in each of BLOCK channels; in: where the input of each of these weights begins.
+template <int COUNT>
+inline void correlate(const Vec *const (&in)[STRIP], int in_width, const Vec *out, int out_width, int size,
+                      double (&sums)[BLOCK][STRIP]) {
+  Vec local[BLOCK][COUNT] = {};
+  const int plane = out_width * out_width;
+  for (int y = 0; y < size; y++) {
+    for (int x = 0; x < size; x++) {
+#pragma GCC unroll 4
+      for (int j = 0; j < BLOCK; j++) {
+        const Vec value = out[j * plane + y * out_width + x];
+#pragma GCC unroll 3
+        for (int t = 0; t < COUNT; t++) local[j][t] += value * in[t][y * in_width + x];
+      }
+    }
+  }
+  for (int j = 0; j < BLOCK; j++)
+    for (int t = 0; t < COUNT; t++) sums[j][t] = sum(local[j][t]);
+}
+
+// Gradient of a layer's weights from one group: in (inputs, padded, padded), out (blocks * BLOCK, out_width, out_width).
+void correlate(const Layer &layer, const Vec *in, const Vec *out, int out_width, float *gradient) {
+  const int width = layer.padded(), k = layer.kernel, taps = layer.taps();
+  for (int first = 0; first < layer.outputs; first += BLOCK, out += BLOCK * out_width * out_width) {
+    for (int tap = 0; tap < taps; tap += STRIP) {
+      const int count = std::min(STRIP, taps - tap);
+      const Vec *starts[STRIP] = {};
+      for (int t = tap; t < tap + count; t++)
+        starts[t - tap] = in + t / (k * k) * width * width + t / k % k * width + t % k;
+      double sums[BLOCK][STRIP];
+      if (count == 3) correlate<3>(starts, width, out, out_width, layer.size(), sums);
+      else if (count == 2) correlate<2>(starts, width, out, out_width, layer.size(), sums);
+      else correlate<1>(starts, width, out, out_width, layer.size(), sums);
+      for (int j = 0; j < std::min(BLOCK, layer.outputs - first); j++)
+        for (int t = 0; t < count; t++) gradient[(first + j) * taps + tap + t] = float(sums[j][t]);
+    }
+  }
+}
+
+// Weights as `convolve` reads them, those of missing channels 0.
+std::vector<float> pack(const Layer &layer) {
+  const int taps = layer.taps();
+  std::vector<float> packed(size_t(blocks(layer.outputs)) * BLOCK * taps);
+  for (int o = 0; o < layer.outputs; o++)
+    for (int t = 0; t < taps; t++) packed[(o / BLOCK * taps + t) * BLOCK + o % BLOCK] = layer.weight[o * taps + t];
+  return packed;
+}
+
+// Those of the convolution that carries gradients from a layer's outputs to its inputs.
+std::vector<float> pack_flipped(const Layer &layer) {
+  const int area = layer.kernel * layer.kernel, taps = layer.outputs * area;
+  std::vector<float> packed(size_t(blocks(layer.inputs)) * BLOCK * taps);
+  for (int o = 0; o < layer.outputs; o++)
+    for (int i = 0; i < layer.inputs; i++)
+      for (int a = 0; a < area; a++)
+        packed[(i / BLOCK * taps + o * area + area - 1 - a) * BLOCK + i % BLOCK] =
+            layer.weight[(o * layer.inputs + i) * area + a];
+  return packed;
+}
+
+// What a layer needs in one step. `value` times `factor` plus `offset` is BatchNorm's result; `centre` and `inverse` are
+// mean and 1 / standard deviation of the values; `mean` and `slope` the means of the gradient and of its product with
+// the normalised values.
+struct State {
+  std::vector<float> packed, flipped, weight_gradients;  // of each group
+  std::vector<double> sums, moments;                     // (group, channel, 2), of the values and of their gradients
+  std::vector<float> factor, offset, centre, inverse, mean, slope;
+  Vec *values, *gradients;  // (group, channel, size, size) and, of what the layer gives, (group, channel, pooled, pooled)
+};
+
+class Pass {
+ public:
+  Pass(const Layer *layers, int count, const float *images, int number, uint64_t key, uint64_t position, bool training);
+
+  void run(int threads, int phases);
+  float logit(int image, int index) const {
+    return states_.back().values[size_t(image / LANES) * layers_[count_ - 1].outputs + index][image % LANES];
+  }
+
+  // Of a training pass: what is learned, and what was found.
+  const int64_t *labels;
+  const float *targets;
+  float weight;
+  std::vector<double> losses;
+  std::vector<int64_t> hits;
+
+ private:
+  void work(int phase, int group, Vec *in, Vec *out);
+  void settle(int phase) noexcept;
+  void forward(int index, int group, Vec *in);
+  void backward(int index, int group, Vec *in, Vec *out);
+  void compare(int group);
+  void prepare_input(int index, int group, Vec *in) const;
+  template <int WINDOW>
+  void activate(int index, int group, Vec *out, int width) const;
+  void add_moments(int index, int group);
+  template <int WINDOW, class Take>
+  void activation_gradients(int index, int group, int channel, Take take) const;
+  template <class Take>
+  void activation_gradients(int index, int group, int channel, Take take) const;
+  void normalise(int index);
+  void finish_gradients(int index);
+
+  const Layer *layers_;
+  const int count_, groups_;
+  const float *images_;
+  const uint64_t key_, position_;
+  const bool training_;
+  std::vector<State> states_;
+};
+
+thread_local std::vector<Buffer> buffers;  // of the thread that calls
+
+Pass::Pass(const Layer *layers, int count, const float *images, int number, uint64_t key, uint64_t position, bool training)
+    : losses(number / LANES), hits(number / LANES), layers_(layers), count_(count), groups_(number / LANES),
+      images_(images), key_(key), position_(position), training_(training), states_(count) {
+  if (buffers.size() < size_t(2 * count)) buffers.resize(2 * count);
+  for (int index = 0; index < count; index++) {
+    const Layer &layer = layers[index];
+    State &state = states_[index];
+    state.packed = pack(layer);
+    state.values = buffers[2 * index].get(groups_ * layer.values());
+    state.sums.resize(size_t(groups_) * layer.outputs * 2);
+    for (auto *one : {&state.factor, &state.inverse}) one->assign(layer.outputs, 1);
+    for (auto *zero : {&state.offset, &state.centre, &state.mean, &state.slope}) zero->assign(layer.outputs, 0);
+    if (training) {
+      state.gradients = buffers[2 * index + 1].get(groups_ * layer.results());
+      state.flipped = pack_flipped(layer);
+      state.moments.resize(size_t(groups_) * layer.outputs * 2);
+      state.weight_gradients.resize(size_t(groups_) * layer.outputs * layer.taps());
+    } else if (layer.normalises) {
+      normalise(index);
+    }
+  }
+}
+
+// Phases 0 to count - 1 are the layers forward, the next ones the layers backward; all groups go through one before
+// the next begins, and `settle` stands between them.
+void Pass::run(int threads, int phases) {
+  threads = std::max(1, std::min(threads, groups_));
+  int phase = 0;
+  auto between = [&]() noexcept { settle(phase++); };
+  std::barrier barrier(threads, between);
+  size_t most_in = 0, most_out = 0;
+  for (int index = 0; index < count_; index++) {
+    const Layer &layer = layers_[index];
+    const int width = layer.size() + 2 * (layer.kernel - 1 - layer.padding);
+    most_in = std::max(most_in, size_t(layer.inputs) * layer.padded() * layer.padded());
+    most_out = std::max(most_out, size_t(blocks(layer.outputs)) * BLOCK * width * width);
+  }
+  auto loop = [&](int thread) {
+    thread_local Buffer in, out;
+    for (int now = 0; now < phases; now++) {
+      for (int group = groups_ * thread / threads; group < groups_ * (thread + 1) / threads; group++)
+        work(now, group, in.get(most_in), out.get(most_out));
+      barrier.arrive_and_wait();
+    }
+  };
+  std::vector<std::jthread> others;
+  for (int thread = 1; thread < threads; thread++) others.emplace_back(loop, thread);
+  loop(0);
+}
+
+void Pass::work(int phase, int group, Vec *in, Vec *out) {
+  if (phase < count_) forward(phase, group, in);
+  else backward(2 * count_ - 1 - phase, group, in, out);
+}
+
+void Pass::settle(int phase) noexcept {
+  if (phase >= count_) finish_gradients(2 * count_ - 1 - phase);
+  else if (training_ && layers_[phase].normalises) normalise(phase);
+}
+
+void Pass::forward(int index, int group, Vec *in) {
+  const Layer &layer = layers_[index];
+  State &state = states_[index];
+  prepare_input(index, group, in);
+  Vec *values = state.values + group * layer.values();
+  std::vector<Vec> sums(layer.outputs), squares(layer.outputs);
+  const int pixels = layer.size() * layer.size();
+  convolve(layer.kernel, in, layer.inputs, layer.padded(), state.packed.data(), layer.outputs,
+           [&](int channel, int pixel, Vec value) {
+             if (layer.relu_before) value = relu(value);
+             values[channel * pixels + pixel] = value;
+             sums[channel] += value;
+             squares[channel] += value * value;
+           });
+  for (int channel = 0; channel < layer.outputs; channel++) {
+    double *pair = &state.sums[(size_t(group) * layer.outputs + channel) * 2];
+    pair[0] = sum(sums[channel]), pair[1] = sum(squares[channel]);
+  }
+  if (training_ && index == count_ - 1) compare(group);
+}
+
+// Cross entropy of a group, and its gradient.
+void Pass::compare(int group) {
+  const State &state = states_.back();
+  const int classes = layers_[count_ - 1].outputs;
+  Vec *gradients = state.gradients + group * classes;
+  for (int lane = 0; lane < LANES; lane++) {
+    const int image = group * LANES + lane;
+    int best = 0;
+    for (int c = 1; c < classes; c++)
+      if (logit(image, c) > logit(image, best)) best = c;
+    const float top = logit(image, best);
+    double total = 0;
+    for (int c = 0; c < classes; c++) total += std::exp(double(logit(image, c) - top));
+    for (int c = 0; c < classes; c++) {
+      const double log_probability = logit(image, c) - top - std::log(total);
+      const float target = targets[image * classes + c];
+      losses[group] -= target * log_probability;
+      gradients[c][lane] = weight * float(std::exp(log_probability) - target);
+    }
+    hits[group] += best == labels[image];
+  }
+}
+
+// The input of a layer for one group, with its margin of zeros: the images, or what the layer before gives.
+void Pass::prepare_input(int index, int group, Vec *in) const {
+  const Layer &layer = layers_[index];
+  const int width = layer.padded(), size = layer.input_size;
+  if (layer.padding) std::fill_n(in, size_t(layer.inputs) * width * width, Vec{});
+  in += layer.padding * width + layer.padding;
+  if (index == 0) {
+    const float *images = images_ + size_t(group) * LANES * size * size;
+    for (int y = 0; y < size; y++)
+      for (int x = 0; x < size; x++)
+        for (int lane = 0; lane < LANES; lane++) in[y * width + x][lane] = images[(lane * size + y) * size + x];
+  } else if (layers_[index - 1].window == 1) {
+    activate<1>(index - 1, group, in, width);
+  } else if (layers_[index - 1].window == 2) {
+    activate<2>(index - 1, group, in, width);
+  } else {
+    activate<0>(index - 1, group, in, width);
+  }
+}
+
+// What a layer gives for one group, to `out` with rows of `width`. WINDOW: the layer's window where the compiler knows
+// it, or 0.
+template <int WINDOW>
+void Pass::activate(int index, int group, Vec *out, int width) const {
+  const Layer &layer = layers_[index];
+  const State &state = states_[index];
+  const int side = layer.size(), window = WINDOW ? WINDOW : layer.window, pooled = layer.pooled();
+  const bool drops = training_ && layer.dropout > 0, max = WINDOW != 1 && layer.pool == MAX, clips = layer.relu_after;
+  const float share = layer.pool == AVERAGE ? 1.0f / float(window * window) : 1;
+  const Vec *values = state.values + group * layer.values();
+  for (int channel = 0; channel < layer.outputs; channel++, values += side * side, out += width * width) {
+    const Vec factor = all(state.factor[channel]), offset = all(state.offset[channel]);
+    Dropout dropout(layer.dropout, key_, index, channel, position_ + uint64_t(group) * LANES);
+    for (int py = 0; py < pooled; py++) {
+      for (int px = 0; px < pooled; px++) {
+        Vec result = all(max ? -INFINITY : 0);
+        for (int y = 0; y < window; y++) {
+          for (int x = 0; x < window; x++) {
+            Vec value = values[(py * window + y) * side + px * window + x] * factor + offset;
+            if (drops) value *= dropout.next();
+            if (clips) value = relu(value);
+            result = !max ? result + value : value < result ? result : value;
+          }
+        }
+        out[py * width + px] = result * share;
+      }
+    }
+  }
+}
+
+// Calls take(y, x, value, gradient of the loss by BatchNorm's result there) for one channel of a group.
+// WINDOW: the layer's window where it is known to the compiler, or 0.
+template <int WINDOW, class Take>
+inline void Pass::activation_gradients(int index, int group, int channel, Take take) const {
+  const Layer &layer = layers_[index];
+  const State &state = states_[index];
+  const int side = layer.size(), window = WINDOW ? WINDOW : layer.window, pooled = layer.pooled();
+  const bool drops = layer.dropout > 0, max = WINDOW != 1 && layer.pool == MAX, clips = layer.relu_after;
+  const float share = layer.pool == AVERAGE ? 1.0f / float(window * window) : 1;
+  const Vec *values = state.values + group * layer.values() + channel * side * side;
+  const Vec *gradients = state.gradients + group * layer.results() + channel * pooled * pooled;
+  const Vec factor = all(state.factor[channel]), offset = all(state.offset[channel]);
+  Dropout dropout(layer.dropout, key_, index, channel, position_ + uint64_t(group) * LANES);
+  constexpr int MOST = WINDOW ? WINDOW * WINDOW : MOST_WINDOW * MOST_WINDOW;
+  Vec results[MOST], factors[MOST];
+  for (int py = 0; py < pooled; py++) {
+    for (int px = 0; px < pooled; px++) {
+      const Vec *corner = values + py * window * side + px * window;
+      const Vec given = *gradients++ * share;
+      Vec best = all(-INFINITY);
+      for (int y = 0, w = 0; y < window; y++) {
+        for (int x = 0; x < window; x++, w++) {
+          factors[w] = drops ? dropout.next() : all(1);
+          results[w] = (corner[y * side + x] * factor + offset) * factors[w];
+          best = results[w] < best ? best : results[w];
+        }
+      }
+      Mask free = Mask{} - 1;  // lanes whose greatest value was not met yet: only the first one gets the gradient
+      for (int y = 0, w = 0; y < window; y++) {
+        for (int x = 0; x < window; x++, w++) {
+          Vec gradient = given * factors[w];
+          if (max) {
+            const Mask chosen = free & (results[w] == best);
+            gradient = chosen ? gradient : Vec{};
+            free &= ~chosen;
+          }
+          if (clips) gradient = results[w] > 0 ? gradient : Vec{};
+          take(py * window + y, px * window + x, corner[y * side + x], gradient);
+        }
+      }
+    }
+  }
+}
+
+template <class Take>
+void Pass::activation_gradients(int index, int group, int channel, Take take) const {
+  const int window = layers_[index].window;
+  if (window == 1) activation_gradients<1>(index, group, channel, take);
+  else if (window == 2) activation_gradients<2>(index, group, channel, take);
+  else activation_gradients<0>(index, group, channel, take);
+}
+
+void Pass::add_moments(int index, int group) {
+  const Layer &layer = layers_[index];
+  State &state = states_[index];
+  for (int channel = 0; channel < layer.outputs; channel++) {
+    const Vec centre = all(state.centre[channel]), inverse = all(state.inverse[channel]);
+    Vec total = {}, product = {};
+    activation_gradients(index, group, channel, [&](int, int, Vec value, Vec gradient) {
+      total += gradient;
+      product += gradient * ((value - centre) * inverse);
+    });
+    double *pair = &state.moments[(size_t(group) * layer.outputs + channel) * 2];
+    pair[0] = sum(total), pair[1] = sum(product);
+  }
+}
+
+// From the gradients of what a layer gives to those of its weights and of what the layer before gives.
+void Pass::backward(int index, int group, Vec *in, Vec *out) {
+  const Layer &layer = layers_[index];
+  State &state = states_[index];
+  const int margin = layer.kernel - 1 - layer.padding, width = layer.size() + 2 * margin;
+  std::fill_n(out, size_t(blocks(layer.outputs)) * BLOCK * width * width, Vec{});
+  Vec *inner = out + margin * width + margin;
+  for (int channel = 0; channel < layer.outputs; channel++) {
+    const Vec factor = all(state.factor[channel]), mean = all(state.mean[channel]), slope = all(state.slope[channel]);
+    const Vec centre = all(state.centre[channel]), inverse = all(state.inverse[channel]);
+    activation_gradients(index, group, channel, [&](int y, int x, Vec value, Vec gradient) {
+      gradient = factor * (gradient - mean - (value - centre) * inverse * slope);
+      if (layer.relu_before) gradient = value > 0 ? gradient : Vec{};
+      inner[(channel * width + y) * width + x] = gradient;
+    });
+  }
+  prepare_input(index, group, in);
+  correlate(layer, in, inner, width, &state.weight_gradients[size_t(group) * layer.outputs * layer.taps()]);
+  if (!index) return;
+  Vec *gradients = states_[index - 1].gradients + group * layers_[index - 1].results();
+  const int pixels = layer.input_size * layer.input_size;
+  convolve(layer.kernel, out, layer.outputs, width, state.flipped.data(), layer.inputs,
+           [&](int channel, int pixel, Vec value) { gradients[channel * pixels + pixel] = value; });
+  if (layers_[index - 1].normalises) add_moments(index - 1, group);
+}
+
+// BatchNorm's factors: from the batch in training, which also moves the running statistics, else from these.
+void Pass::normalise(int index) {
+  const Layer &layer = layers_[index];
+  State &state = states_[index];
+  const double count = double(groups_) * LANES * layer.size() * layer.size();
+  for (int channel = 0; channel < layer.outputs; channel++) {
+    double mean = layer.running_mean[channel], variance = layer.running_variance[channel];
+    if (training_) {
+      double total = 0, squares = 0;
+      for (int group = 0; group < groups_; group++) {
+        const double *pair = &state.sums[(size_t(group) * layer.outputs + channel) * 2];
+        total += pair[0], squares += pair[1];
+      }
+      mean = total / count, variance = std::max(0.0, squares / count - mean * mean);
+      if (squares != squares) variance = squares;  // NaN
+      float &moving_mean = layer.running_mean[channel], &moving_variance = layer.running_variance[channel];
+      moving_mean += layer.momentum * float(mean - moving_mean);
+      moving_variance += layer.momentum * float(variance * count / (count - 1) - moving_variance);
+    }
+    state.centre[channel] = float(mean);
+    state.inverse[channel] = float(1 / std::sqrt(variance + layer.epsilon));
+    state.factor[channel] = layer.scale[channel] * state.inverse[channel];
+    state.offset[channel] = layer.shift[channel] - float(mean) * state.factor[channel];
+  }
+}
+
+// After a layer's backward phase: its weights' gradient, and what the layer before needs for its own phase.
+void Pass::finish_gradients(int index) {
+  const Layer &layer = layers_[index];
+  const int weights = layer.outputs * layer.taps();
+  std::fill_n(layer.weight_gradient, weights, 0.0f);
+  for (int group = 0; group < groups_; group++)
+    for (int w = 0; w < weights; w++)
+      layer.weight_gradient[w] += states_[index].weight_gradients[size_t(group) * weights + w];
+  if (!index || !layers_[index - 1].normalises) return;
+  const Layer &before = layers_[index - 1];
+  State &state = states_[index - 1];
+  const double count = double(groups_) * LANES * before.size() * before.size();
+  for (int channel = 0; channel < before.outputs; channel++) {
+    double total = 0, product = 0;
+    for (int group = 0; group < groups_; group++) {
+      const double *pair = &state.moments[(size_t(group) * before.outputs + channel) * 2];
+      total += pair[0], product += pair[1];
+    }
+    before.shift_gradient[channel] = float(total), before.scale_gradient[channel] = float(product);
+    state.mean[channel] = float(total / count), state.slope[channel] = float(product / count);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int lanes() { return LANES; }
+
+// Forward and backward pass; gradients are written, running statistics moved.
+// images (number, pixels), number a multiple of LANES; labels (number); targets (number, classes): probabilities; weight:
+// factor of the loss; key, position: of dropout, the latter the first image's in the epoch; totals: sum of losses
+// without the factor, and of right predictions.
+void train(const Layer *layers, int count, const float *images, const int64_t *labels, const float *targets, int number,
+           float weight, uint64_t key, uint64_t position, int threads, double *totals) {
+  Pass pass(layers, count, images, number, key, position, true);
+  pass.labels = labels, pass.targets = targets, pass.weight = weight;
+  pass.run(threads, 2 * count);
+  totals[0] = totals[1] = 0;
+  for (double loss : pass.losses) totals[0] += loss;
+  for (int64_t hits : pass.hits) totals[1] += double(hits);
+}
+
+// Logits (number, classes) with running statistics and without dropout.
+void predict(const Layer *layers, int count, const float *images, int number, int threads, float *logits) {
+  Pass pass(layers, count, images, number, 0, 0, false);
+  pass.run(threads, count);
+  const int classes = layers[count - 1].outputs;
+  for (int image = 0; image < number; image++)
+    for (int c = 0; c < classes; c++) logits[image * classes + c] = pass.logit(image, c);
+}
+}

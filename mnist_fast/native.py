@@ -1,0 +1,259 @@
+"""Training and inference on CPUs by compiled C++ (native.cpp), faster than kernel by kernel.
+
+The file is compiled for this machine's processor at its first use, and kept in the user's cache
+folder. All arithmetic is float32.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnist_fast.model import CLASSES, IMAGE_SIZE, Network
+
+SOURCE = Path(__file__).with_name("native.cpp")
+OPTIONS = ("-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
+COMPILE_TIMEOUT = 300.0  # seconds
+POOLS = {nn.MaxPool2d: 1, nn.AvgPool2d: 2}  # native.cpp's names for them
+LARGEST_WINDOW = 16  # native.cpp's MOST_WINDOW
+
+
+class Layer(ctypes.Structure):
+    """One convolution and what follows it; the same fields stand in native.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("inputs", "outputs", "kernel", "padding")),
+        *((name, ctypes.c_int32) for name in ("input_size", "normalises", "relu_before")),
+        *((name, ctypes.c_int32) for name in ("relu_after", "pool", "window")),
+        *((name, ctypes.c_float) for name in ("epsilon", "momentum", "dropout")),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "shift", "weight_gradient")),
+        *((name, ctypes.c_void_p) for name in ("scale_gradient", "shift_gradient")),
+        *((name, ctypes.c_void_p) for name in ("running_mean", "running_variance")),
+    ]
+
+
+def cache_folder(name: str) -> Path:
+    """A folder for compiled code below the user's cache folder, created.
+
+    Raises:
+        OSError: it cannot be created.
+        RuntimeError: the user has no home.
+    """
+    folder = Path.home() / ".cache" / "mnist_fast" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def compiler() -> str | None:
+    """The C++ compiler: $CXX, or the first that is installed."""
+    names = (os.environ.get("CXX", ""), "g++", "c++", "clang++")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """The compiled code; None where it cannot be compiled, which is then said once."""
+    try:
+        library = ctypes.CDLL(str(_compile()))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        output = getattr(error, "stderr", None) or str(error)
+        print(f"step: no native code on this machine: {output.strip().splitlines()[0]}")
+        return None
+    pointer, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64
+    library.train.argtypes = [
+        *(pointer, integer, pointer, pointer, pointer, integer),
+        *(ctypes.c_float, number, number, integer, pointer),
+    ]
+    library.predict.argtypes = [pointer, integer, pointer, integer, integer, pointer]
+    library.train.restype = library.predict.restype = None
+    return library
+
+
+def _compile() -> Path:
+    """Path of the library, compiled unless it is in the cache.
+
+    Its name tells source, compiler and processor apart: a cluster's nodes may share the folder.
+    """
+    program = compiler()
+    if program is None:
+        raise RuntimeError("there is no C++ compiler (g++, clang++ or $CXX)")
+    made_from = [SOURCE.read_bytes(), program.encode(), " ".join(OPTIONS).encode(), _processor()]
+    name = f"{hashlib.sha256(b'/'.join(made_from)).hexdigest()[:16]}.so"
+    try:
+        path = cache_folder("native") / name
+        if path.exists():
+            return path
+        folder = path.parent
+    except (OSError, RuntimeError):
+        folder = Path(tempfile.mkdtemp(prefix="mnist_fast-"))
+        path = folder / name
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # two processes may compile at once
+        made = Path(scratch) / name
+        command = [program, *OPTIONS, "-o", str(made), str(SOURCE)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_TIMEOUT)
+        made.replace(path)
+    return path
+
+
+def _processor() -> bytes:
+    """What tells processors with other instructions apart."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return b""
+    return b"".join(sorted({line for line in lines if line.startswith((b"flags", b"Features"))}))
+
+
+def describe(network: Network) -> "ctypes.Array[Layer]":
+    """The network as native.cpp takes it, as a ctypes array.
+
+    It points to the network's parameters and running statistics, and to the parameters' gradients
+    where there are some.
+
+    Raises:
+        ValueError: the network holds what native.cpp does not know.
+    """
+    found: list[Layer] = []
+    size = IMAGE_SIZE
+    for module in network.layers:
+        if isinstance(module, nn.Conv2d):
+            found.append(_convolution(module, size))
+            size += 2 * found[-1].padding - found[-1].kernel + 1
+        elif found and not found[-1].pool:
+            size = _add(found[-1], module, size)
+        else:
+            raise ValueError(f"native code: {module} has no place there")
+    return (Layer * len(found))(*found)
+
+
+def _convolution(module: nn.Conv2d, size: int) -> Layer:
+    kernel, padding = module.kernel_size[0], int(module.padding[0])
+    plain = nn.Conv2d(
+        module.in_channels, module.out_channels, kernel, padding=padding, bias=False, device="meta"
+    )
+    if repr(plain) != repr(module) or kernel not in (1, 3) or padding >= kernel:
+        raise ValueError(f"native code: {module} is not among the convolutions it knows")
+    return Layer(
+        inputs=module.in_channels,
+        outputs=module.out_channels,
+        kernel=kernel,
+        padding=padding,
+        input_size=size,
+        window=1,
+        weight=_address(module.weight),
+        weight_gradient=_address(module.weight.grad),
+    )
+
+
+def _add(layer: Layer, module: nn.Module, size: int) -> int:
+    """Adds what follows the convolution; returns the size of the images behind it."""
+    if isinstance(module, nn.BatchNorm2d) and not layer.normalises:
+        layer.normalises, layer.epsilon, layer.momentum = 1, module.eps, module.momentum or 0.0
+        layer.scale, layer.shift = _address(module.weight), _address(module.bias)
+        layer.scale_gradient = _address(module.weight.grad)
+        layer.shift_gradient = _address(module.bias.grad)
+        layer.running_mean = _address(module.running_mean)
+        layer.running_variance = _address(module.running_var)
+    elif isinstance(module, nn.ReLU):
+        layer.relu_before, layer.relu_after = not layer.normalises, layer.normalises
+    elif isinstance(module, nn.Dropout) and layer.normalises:
+        layer.dropout = module.p
+    elif type(module) in POOLS and layer.normalises and _divides(module, size):
+        layer.pool, layer.window = POOLS[type(module)], int(module.kernel_size)  # type: ignore[arg-type]
+        size //= layer.window
+    else:
+        raise ValueError(f"native code: {module} has no place there")
+    return size
+
+
+def _divides(pooling: Any, size: int) -> bool:
+    side = pooling.kernel_size
+    fits = isinstance(side, int) and 1 < side <= LARGEST_WINDOW and size % side == 0
+    return fits and pooling.stride == side and not pooling.padding and not pooling.ceil_mode
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    if not tensor.is_contiguous() or tensor.dtype != torch.float32 or tensor.is_cuda:
+        raise ValueError("native code: parameters must be contiguous float32 on the CPU")
+    return tensor.data_ptr()
+
+
+class NativeNetwork:
+    """A network's forward and backward pass in native code.
+
+    Args:
+        network: on the CPU, contiguous, float32. Its tensors must stay where they are.
+    """
+
+    def __init__(self, network: Network):
+        library = load_library()
+        if library is None:
+            raise RuntimeError("native code is not available")
+        self.network, self._library = network, library
+        self._parameters = list(network.parameters())
+        self._counters = [b for name, b in network.named_buffers() if "num_batches" in name]
+        self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
+        self._hand_over_gradients()
+        self._layers = describe(network)
+        self.lanes: int = library.lanes()
+
+    def _hand_over_gradients(self) -> None:
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def train(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        weight: float,
+        smoothing: float,
+        place: tuple[int, int],
+    ) -> tuple[float, float]:
+        """Writes the parameters' gradients and moves the running statistics.
+
+        Args:
+            inputs: float32 (batch, 1, 28, 28); the batch is a multiple of `lanes`.
+            labels: int64 (batch,).
+            weight: factor of the sum of losses.
+            smoothing: of the labels, see `step.sum_of_losses`.
+            place: key of dropout's draws, and position of the first image in the epoch.
+
+        Returns:
+            Sum of losses, without the factor, and number of correct predictions.
+        """
+        if len(inputs) % self.lanes:
+            raise ValueError(f"native code: {len(inputs)} is no multiple of {self.lanes} images")
+        inputs, labels = inputs.contiguous(), labels.contiguous()
+        targets = F.one_hot(labels, CLASSES).float()
+        if smoothing:
+            targets = targets * (1 - smoothing) + smoothing / CLASSES
+        totals = (ctypes.c_double * 2)()
+        self._hand_over_gradients()
+        self._library.train(
+            *(self._layers, len(self._layers), inputs.data_ptr(), labels.data_ptr()),
+            *(targets.data_ptr(), len(inputs), weight, *place, torch.get_num_threads(), totals),
+        )
+        torch._foreach_add_(self._counters, 1)
+        return totals[0], totals[1]
+
+    def logits(self, images: Tensor) -> Tensor:
+        """As `Network.logits` in evaluation; float32 (n, 1, 28, 28) to (n, 10)."""
+        missing = -len(images) % self.lanes
+        padded = F.pad(images, (0, 0) * 3 + (0, missing)).contiguous()
+        logits = torch.empty(len(padded), CLASSES)
+        self._library.predict(
+            *(self._layers, len(self._layers), padded.data_ptr(), len(padded)),
+            *(torch.get_num_threads(), logits.data_ptr()),
+        )
+        return logits[: len(images)]

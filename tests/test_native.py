@@ -1,0 +1,239 @@
+"""Native code for CPUs against torch, and what happens where it cannot be had."""
+
+import copy
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from mnist_fast import native
+from mnist_fast.config import Config
+from mnist_fast.data import ResidentFeed, Sharding
+from mnist_fast.errors import InputError
+from mnist_fast.model import NETWORKS, Network, build_network
+from mnist_fast.step import TrainingStep, resolve_mode, sum_of_losses
+
+pytestmark = [
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler (g++)"),
+]
+BATCH = 48
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(7)
+    images = torch.randn(BATCH, 1, 28, 28, generator=generator)
+    return images, torch.randint(0, 10, (BATCH,), generator=generator)
+
+
+def built(name, dropout=0.0):
+    """A network whose BatchNorms differ from the identity."""
+    torch.manual_seed(3)
+    network = build_network(name, dropout)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return network.train()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_statistics_and_counts_are_torchs(name, smoothing, batch):
+    network = built(name)
+    reference = copy.deepcopy(network).double()
+    found = native.NativeNetwork(network).train(*batch, 1 / BATCH, smoothing, (1, 0))
+
+    scores = reference.layers(batch[0].double()).flatten(1).log_softmax(1)
+    loss = sum_of_losses(scores, batch[1], smoothing)
+    (loss / BATCH).backward()
+    assert found[0] == pytest.approx(loss.item(), rel=1e-5)
+    assert found[1] == (scores.argmax(1) == batch[1]).sum()
+    largest = max(parameter.grad.abs().max() for parameter in reference.parameters())
+    for (label, ours), theirs in zip(
+        network.named_parameters(), reference.parameters(), strict=True
+    ):
+        error = (ours.grad - theirs.grad).norm()
+        assert error < 1e-4 * theirs.grad.norm() + 1e-6 * largest, label
+    for (label, ours), theirs in zip(network.named_buffers(), reference.buffers(), strict=True):
+        torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-4, atol=1e-5, msg=label)
+
+
+@pytest.mark.parametrize("count", [1, 13, BATCH])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_logits_are_torchs_for_any_number_of_images(name, count, batch):
+    network = built(name, dropout=0.3)
+    logits = native.NativeNetwork(network).logits(batch[0][:count])
+    with torch.inference_mode():
+        expected = network.eval().logits(batch[0][:count])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_number_of_threads_changes_no_bit(batch):
+    kept = []
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            network = built("notebook", dropout=0.1)
+            totals = native.NativeNetwork(network).train(*batch, 1.0, 0.0, (5, 128))
+            kept.append((totals, [p.grad for p in network.parameters()], list(network.buffers())))
+    finally:
+        torch.set_num_threads(threads)
+    for totals, gradients, buffers in kept[1:]:
+        assert totals == kept[0][0]
+        for ours, first in zip([*gradients, *buffers], [*kept[0][1], *kept[0][2]], strict=True):
+            assert torch.equal(ours, first)
+
+
+def test_a_loss_that_is_not_a_number_stays_one(batch):
+    network = built("notebook")
+    with torch.no_grad():
+        network.layers[0].weight[0] = float("nan")
+    loss, _ = native.NativeNetwork(network).train(*batch, 1.0, 0.0, (1, 0))
+    assert loss != loss
+
+
+# Dropout
+
+
+def test_dropout_drops_the_expected_share():
+    """Seen through means of 196 units, each 0 or 1 / (1 - p)."""
+    p = 0.25
+    layers = [nn.Conv2d(1, 8, 1, bias=False), nn.BatchNorm2d(8), nn.Dropout(p), nn.AvgPool2d(14)]
+    layers += [nn.Conv2d(8, 10, 1, bias=False), nn.BatchNorm2d(10), nn.AvgPool2d(2)]
+    layers += [nn.Conv2d(10, 10, 1, bias=False)]
+    nn.init.zeros_(layers[1].weight)
+    nn.init.ones_(layers[1].bias)
+    network = Network(layers).train()
+    inputs, labels = torch.zeros(480, 1, 28, 28), torch.zeros(480, dtype=torch.int64)
+    native.NativeNetwork(network).train(inputs, labels, 1.0, 0.0, (9, 0))
+    weight, statistics = layers[4].weight.detach().flatten(1), layers[5]
+    mean = statistics.running_mean / statistics.momentum
+    torch.testing.assert_close(mean, weight.sum(1), rtol=0, atol=0.01)
+    variance = (statistics.running_var - (1 - statistics.momentum)) / statistics.momentum
+    expected = (weight**2).sum(1) * p / (1 - p) / 196
+    torch.testing.assert_close(variance, expected, rtol=0.2, atol=1e-5)
+
+
+def dropped_gradients(batch, position, key=5):
+    network = built("notebook", dropout=0.2)
+    loss, _ = native.NativeNetwork(network).train(*batch, 1.0, 0.0, (key, position))
+    return loss, torch.cat([p.grad.flatten() for p in network.parameters()])
+
+
+def test_dropout_depends_on_key_and_position_and_on_nothing_else(batch):
+    loss, gradients = dropped_gradients(batch, 0)
+    again = dropped_gradients(batch, 0)
+    assert loss == again[0]
+    assert torch.equal(gradients, again[1])
+    for other in (dropped_gradients(batch, BATCH), dropped_gradients(batch, 0, key=6)):
+        assert loss != other[0]
+
+
+def test_the_backward_pass_has_the_masks_of_the_forward_pass(batch):
+    """The gradient predicts how the loss changes, with dropout that draws the same again."""
+    network = built("notebook", dropout=0.2)
+    code = native.NativeNetwork(network)
+    code.train(*batch, 1.0, 0.0, (5, 0))
+    direction = [p.grad / p.grad.norm() for p in network.parameters() if p.dim() == 1][-2:]
+    last = [p for p in network.parameters() if p.dim() == 1][-2:]
+    slope = sum((p.grad * d).sum() for p, d in zip(last, direction, strict=True)).item()
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for parameter, step in zip(last, direction, strict=True):
+                parameter.add_(step, alpha=sign * 1e-2)
+        losses.append(code.train(*batch, 1.0, 0.0, (5, 0))[0])
+        with torch.no_grad():
+            for parameter, step in zip(last, direction, strict=True):
+                parameter.sub_(step, alpha=sign * 1e-2)
+    assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(slope, rel=1e-2)
+
+
+# As a step of training
+
+
+def trained(config, runtime, samples=100):
+    """A step after an epoch of batches of 32 and a last one of 4, which no vector holds."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (samples, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 10, (samples,), generator=generator)
+    feed = ResidentFeed(images, labels, Sharding(samples, 32, False), 1)
+    torch.manual_seed(0)
+    network = build_network("notebook", config.dropout)
+    step = TrainingStep(config, network, runtime, feed.sharding)
+    step.warm_up(feed.example())
+    step.start_epoch(0)
+    for batch in feed.epoch(0):
+        step(batch, 1e-3)
+    return step
+
+
+def test_native_is_eager_within_rounding(runtime):
+    config = Config(precision="no", dropout=0.0, affine_rotation=7, nesterov=True, ema_decay=0.5)
+    ours = trained(dataclasses.replace(config, step="native"), runtime)
+    eager = trained(dataclasses.replace(config, step="eager"), runtime)
+    assert (ours.mode, eager.mode) == ("native", "eager")
+    assert ours.totals.tolist() == pytest.approx(eager.totals.tolist(), rel=1e-5)
+    assert ours.gradient_norm() == pytest.approx(eager.gradient_norm(), rel=1e-2)
+    for name, tensor in ours.state().items():
+        difference = (tensor - eager.state()[name]).float().norm()
+        assert difference <= 1e-2 * eager.state()[name].float().norm() + 1e-4, name
+
+
+# Where it cannot be had
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Conv2d(1, 8, 5, bias=False)],
+        [nn.Conv2d(1, 8, 3)],
+        [nn.Conv2d(1, 8, 3, stride=2, bias=False)],
+        [nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.MaxPool2d(3)],
+        [nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Sigmoid()],
+        [nn.BatchNorm2d(1)],
+    ],
+)
+def test_networks_that_it_does_not_know_are_refused(layers):
+    with pytest.raises(ValueError, match="native code"):
+        native.NativeNetwork(Network(layers))
+
+
+def test_bf16_and_machines_without_a_compiler_are_refused_in_one_line(monkeypatch):
+    with pytest.raises(InputError, match="float32"):
+        resolve_mode(Config(step="native"), "bf16", 60_000)
+    monkeypatch.setattr(native, "load_library", lambda: None)
+    with pytest.raises(InputError, match="compiler"):
+        resolve_mode(Config(step="native"), "no", 60_000)
+    monkeypatch.setattr(native, "compiler", lambda: None)
+    assert resolve_mode(Config(), "no", 60_000) == "eager"
+
+
+def test_code_that_does_not_compile_is_told_in_a_line(monkeypatch, tmp_path, capsys):
+    source = tmp_path / "native.cpp"
+    source.write_text("this is not C++\n")
+    monkeypatch.setattr(native, "SOURCE", source)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    native.load_library.cache_clear()
+    try:
+        assert native.load_library() is None
+    finally:
+        native.load_library.cache_clear()
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_it_is_compiled_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = native._compile()
+    made = path.stat().st_mtime_ns
+    monkeypatch.setattr(native.subprocess, "run", None)
+    assert native._compile() == path
+    assert path.stat().st_mtime_ns == made
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
