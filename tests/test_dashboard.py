@@ -281,6 +281,11 @@ def test_one_alert_when_the_target_is_passed(tracker):
     assert "99.40 % in epoch 2" in text
 
 
+def test_no_alert_for_other_data(tracker):
+    tracker.log_epoch({"epoch": 1, "dataset": "digits", "test_accuracy": 99.9})
+    assert tracker._run.alerts == []
+
+
 def test_no_second_alert_after_a_requeue(tracker):
     run = tracker._run
     tracker.start({}, [{"epoch": 1, "test_accuracy": 99.45}], None)
