@@ -109,6 +109,16 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def sort_header(content: bytes) -> bytes:
+    """Safetensors with its header's keys in order: equal weights are then equal files."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(
+        json.loads(content[8:start]), sort_keys=True, separators=(",", ":")
+    ).encode()
+    header += b" " * (-len(header) % 8)  # the format aligns what follows
+    return len(header).to_bytes(8, "little") + header + content[start:]
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until the disk has a folder's entries, where the file system can do that."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -383,7 +383,8 @@ class Training:
             weights = _on_cpu(self.step.best_network().state_dict())
             details = {"network": self.config.network, "dataset": self.dataset}
             temporary = self.folder / ".weights.safetensors"
-            checkpoint.write_durably(temporary, safetensors.torch.save(weights, metadata=details))
+            content = safetensors.torch.save(weights, metadata=details)
+            checkpoint.write_durably(temporary, checkpoint.sort_header(content))
             temporary.replace(self.folder / "weights.safetensors")
 
     def say(self, message: str) -> None:

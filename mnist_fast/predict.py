@@ -88,6 +88,8 @@ def read_image(source: Path | bytes) -> NDArray[np.uint8]:
         ImageError: it cannot be read, is too large, or shows nothing.
     """
     content = source if isinstance(source, bytes) else _read_file(source)
+    if not content:
+        raise ImageError("empty file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about damaged metadata, and sizes checked here
@@ -125,8 +127,6 @@ def _read_file(path: Path) -> bytes:
         raise ImageError(error.strerror or str(error)) from error
     except ValueError as error:  # a name with a zero byte
         raise ImageError(str(error)) from error
-    if not content:
-        raise ImageError("empty file")
     return content
 
 
@@ -254,9 +254,11 @@ def _from_standard_input() -> Iterator[tuple[str, Path | bytes]]:
     if content.startswith((b"\x89PNG", b"\xff\xd8")):
         yield "standard input", content
         return
-    for line in content.splitlines():
-        if name := os.fsdecode(line).strip():
-            yield from _in_folder(name) if os.path.isdir(name) else [(name, Path(name))]
+    names = [name for line in content.splitlines() if (name := os.fsdecode(line).strip())]
+    for name in names:
+        yield from _in_folder(name) if os.path.isdir(name) else [(name, Path(name))]
+    if not names:  # handed on itself, so that it gets its line
+        yield "standard input", b""
 
 
 def classify(

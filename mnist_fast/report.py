@@ -59,10 +59,9 @@ def describe_run(folder: Path, summary: dict[str, Any], records: Records) -> str
     held_out, last = held_out_of(records[-1]), records[-1]
     accuracy, best = summary[f"{held_out}_accuracy"], summary[f"best_{held_out}_accuracy"]
     images, gap = summary[f"{held_out}_images"], accuracy - last["train_accuracy"]
-    verdict = "reached" if accuracy >= TARGET_ACCURACY else f"missed, the best epoch had {best:.2f}"
     rows = {
         f"{held_out} accuracy": f"{accuracy:.2f} % of {images:,} images in the last epoch, "
-        f"{summary['epochs']}; target {TARGET_ACCURACY:.2f} %: {verdict}",
+        f"{summary['epochs']}; {_verdict(summary['dataset'], accuracy)}",
         "best epoch": f"{best:.2f} % in epoch {summary['best_epoch']}",
         f"above {HIGH_ACCURACY:g} %": _above(records, f"{held_out}_accuracy"),
         "train accuracy": f"{last['train_accuracy']:.2f} % in the last epoch, while it learned: "
@@ -78,6 +77,15 @@ def describe_run(folder: Path, summary: dict[str, Any], records: Records) -> str
         f"metrics.jsonl and figures/ lie in {folder}"
     )
     return "\n".join([head, *lines, end])
+
+
+def _verdict(dataset: str, accuracy: float) -> str:
+    """Whether the goal was reached, in words."""
+    if dataset != "mnist":
+        return f"no target: {TARGET_ACCURACY:.2f} % is MNIST's"
+    missing = TARGET_ACCURACY - accuracy
+    verdict = "reached" if missing <= 0 else f"missed by {missing:.2f}"
+    return f"target {TARGET_ACCURACY:.2f} %: {verdict}"
 
 
 def _above(records: Records, key: str) -> str:
@@ -149,7 +157,7 @@ def tidy(axes: Axes, y_label: str, x_label: str = "epoch") -> None:
 
 def zoom(axes: Axes, accuracies: Iterable[float]) -> None:
     """Limits an accuracy axis to where most of a run happens; early epochs may lie below it."""
-    values = sorted([*accuracies, TARGET_ACCURACY])
+    values = sorted(accuracies)
     low, high = values[len(values) // 10], values[-1]
     margin = max(0.1 * (high - low), 0.05)
     axes.set_ylim(low - 3 * margin, min(high + 2 * margin, 100 + margin))
@@ -165,10 +173,13 @@ def logarithmic(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def target_line(axes: Axes) -> None:
-    """The line at 99.4 %."""
+def target_line(axes: Axes, datasets: Iterable[str | None]) -> list[float]:
+    """Draws the line at 99.4 %, and returns it, where one of the data sets is MNIST."""
+    if "mnist" not in datasets:
+        return []
     label = f"target {TARGET_ACCURACY} %"
     axes.axhline(TARGET_ACCURACY, color="0.35", linestyle=":", linewidth=1.2, label=label)
+    return [TARGET_ACCURACY]
 
 
 def curves(records: Records, title: str) -> Figure:
@@ -182,9 +193,10 @@ def curves(records: Records, title: str) -> Figure:
             values = [record[f"{split}_{quantity}"] for record in records]
             axes.plot(epochs, values, style, color=colour, label=split, markersize=4)
         tidy(axes, quantity + unit)
-    target_line(grid[0, 0])
+    target = target_line(grid[0, 0], [records[-1].get("dataset")])
     splits = (name, "train")
-    zoom(grid[0, 0], [record[f"{split}_accuracy"] for record in records for split in splits])
+    accuracies = [record[f"{split}_accuracy"] for record in records for split in splits]
+    zoom(grid[0, 0], accuracies + target)
     logarithmic(grid[0, 1])
     grid[0, 0].legend(loc="lower right")
     grid[0, 1].legend(loc="upper right")
@@ -216,7 +228,7 @@ def confusion(outcome: Outcome, name: str) -> Figure:
     for label in range(len(matrix)):
         for guess in range(len(matrix)):
             count, right = int(matrix[label, guess]), label == guess
-            dark = int(errors[label, guess]) > 0.7 * highest
+            dark = int(errors[label, guess]) > 0.9 * highest  # lighter blues want black
             colour = "white" if dark else "0.45" if right else "black"
             if count:
                 axes.text(guess, label, str(count), ha="center", va="center", color=colour, size=9)
@@ -360,8 +372,9 @@ def compare(groups: dict[str, list[Run]]) -> Figure:
                 low = [m - s for m, s in zip(mean, sd, strict=True)]
                 high = [m + s for m, s in zip(mean, sd, strict=True)]
                 axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
-    target_line(grid[0, 0])
-    zoom(grid[0, 0], [a for runs in groups.values() for run in runs for a in run.accuracies()])
+    every = [run for runs in groups.values() for run in runs]
+    target = target_line(grid[0, 0], [run.records[-1].get("dataset") for run in every])
+    zoom(grid[0, 0], target + [accuracy for run in every for accuracy in run.accuracies()])
     tidy(grid[0, 0], f"{names} accuracy (%)")
     tidy(grid[0, 1], f"{names} loss (nats)")
     logarithmic(grid[0, 1])
@@ -390,12 +403,12 @@ def _seeds(count: int) -> str:
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
-       max-width: 72rem; margin: 0 auto; padding: 1rem 1.5rem 4rem }
+       max-width: 76rem; margin: 0 auto; padding: 1rem 1.5rem 4rem }
 h1 { font-size: 1.6rem } h2 { font-size: 1.2rem; margin-top: 2.5rem }
 img { max-width: 100%; height: auto } .wide { overflow-x: auto }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right;
-         white-space: nowrap }
+th, td { padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: right;
+         vertical-align: bottom }
 th:first-child, td:first-child { text-align: left } th { border-bottom: 2px solid #888 }
 summary { cursor: pointer; padding: .3rem 0 } .runs img { max-width: 46rem; display: block }
 """

@@ -165,7 +165,8 @@ class Tracker:
             self._say("W&B does not answer; its files are kept, upload them with `wandb sync`")
 
     def _passes(self, record: dict[str, Any]) -> bool:
-        return record[f"{self.held_out}_accuracy"] >= TARGET_ACCURACY
+        mnist = record.get("dataset", "mnist") == "mnist"  # the goal is no other data set's
+        return mnist and record[f"{self.held_out}_accuracy"] >= TARGET_ACCURACY
 
     # W&B
 
@@ -341,7 +342,7 @@ def _first_line(error: Exception) -> str:
 def _has_key(wandb: Any) -> bool:
     """Whether a W&B key is at hand, in the environment or in the netrc file."""
     with contextlib.suppress(Exception):
-        return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+        return bool(os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False, verify=False))
     return False
 
 

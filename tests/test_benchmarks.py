@@ -10,7 +10,7 @@ import torch
 
 from mnist_fast.model import build_network
 
-SCRIPTS = ("throughput", "notebook_baseline", "time_to_accuracy", "two_processes")
+SCRIPTS = ("throughput", "notebook_baseline", "time_to_accuracy", "two_processes", "tracking_cost")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """What W&B gets to see: one offline run, read back from its .wandb file."""
 
 import json
+import os
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -281,6 +283,11 @@ def test_one_alert_when_the_target_is_passed(tracker):
     assert "99.40 % in epoch 2" in text
 
 
+def test_no_alert_for_other_data(tracker):
+    tracker.log_epoch({"epoch": 1, "dataset": "digits", "test_accuracy": 99.9})
+    assert tracker._run.alerts == []
+
+
 def test_no_second_alert_after_a_requeue(tracker):
     run = tracker._run
     tracker.start({}, [{"epoch": 1, "test_accuracy": 99.45}], None)
@@ -358,17 +365,51 @@ def test_a_folder_that_wandb_cannot_write_does_not_stop_the_run(runtime, tmp_pat
 # The sweep
 
 
-def test_the_sweep_starts_accelerate_with_valid_options():
+@pytest.fixture
+def trial():
+    """What `wandb agent` would start for a trial: the command, its arguments filled in."""
     sweep = yaml.safe_load((helpers.ROOT / "sweep.yaml").read_text())
     low = {
         k: {"value": p.get("min", p.get("values", [None])[0])}
         for k, p in sweep["parameters"].items()
     }
-    command = create_sweep_command(sweep["command"])
     arguments = create_sweep_command_args({"args": low})["args"]
-    assert command[command.index("accelerate") :][:3] == ["accelerate", "launch", "${program}"]
-    fixed = [part for part in command if part.startswith("--")]
-    config = load([*fixed, *arguments])
+    filled = {"${env}": ["/usr/bin/env"]}
+    filled |= {"${program}": [str(helpers.ROOT / sweep["program"])], "${args}": arguments}
+    parts = create_sweep_command(sweep["command"])
+    return sweep, [word for part in parts for word in filled.get(part, [part])]
+
+
+def test_the_sweep_starts_accelerate_with_valid_options(trial):
+    sweep, command = trial
+    program = command.index(str(helpers.TRAIN))
+    assert command[program - 2 : program] == ["accelerate", "launch"]
+    config = load(command[program + 1 :])
     assert config.validation_split == 5000
     assert config.learning_rate == 0.03
     assert sweep["metric"] == {"name": "validation_accuracy", "goal": "maximize"}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_trial_of_the_sweep_runs(trial, processes, small_betons, tmp_path):
+    """By accelerate as it stands; two processes on CPUs by torchrun, with the same options."""
+    _, command = trial
+    program = command.index(str(helpers.TRAIN))
+    quick = ("--dataset", "digits", "--data_dir", small_betons, "--epochs", "1")
+    quick += ("--step", "eager", "--precision", "no", "--validation_split", "200")
+    quick += ("--run_dir", tmp_path / "run")
+    agents = {"WANDB_MODE": "offline", "WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "trial1"}
+    if processes == 1:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = agents | {"PATH": path}
+        done = helpers.launch(*command, *quick, cwd=tmp_path, timeout=200, environment=environment)
+    else:
+        done = helpers.torchrun(
+            2, *command[program:], *quick, cwd=tmp_path, timeout=200, environment=agents
+        )
+    assert done.returncode == 0, done.stderr
+    summary, board = helpers.read_summary(tmp_path / "run"), only_board(tmp_path / "run")
+    assert summary["world_size"] == processes
+    assert (board.run.run_id, board.config["learning_rate"]) == ("trial1", 0.03)
+    assert board.summary["validation_accuracy"] == summary["validation_accuracy"]
+    assert not (tmp_path / "wandb").exists()  # no other process started a run of its own

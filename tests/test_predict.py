@@ -312,3 +312,9 @@ def test_a_folder_without_images_gets_its_line(weights, tmp_path, capsys):
 def test_no_image_is_bad_usage(weights):
     with pytest.raises(InputError, match="--help"):
         module.main([str(weights)])
+
+
+def test_an_empty_standard_input_gets_its_line(weights, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    assert module.main([str(weights), "-"]) == 1
+    assert capsys.readouterr().err.endswith("standard input: empty file\n")

@@ -168,12 +168,20 @@ def test_the_result_in_words():
     "accuracies, above, verdict",
     [
         ([99.0, 99.41], "from epoch 1 on", "reached"),
-        ([99.5, 98.0], "not at the end", "missed, the best epoch had 99.50"),
+        ([99.5, 98.0], "not at the end", "missed by 1.40"),
     ],
 )
 def test_epochs_above_99_and_the_verdict(accuracies, above, verdict):
     assert re.search(rf"above 99 % +{above}\n", describe(accuracies))
     assert f"target 99.40 %: {verdict}\n" in describe(accuracies)
+
+
+def test_other_data_is_not_judged_by_mnists_goal():
+    records = [record | {"dataset": "digits"} for record in make_records([98.0, 99.5])]
+    summary = make_summary(Config(), records) | {"dataset": "digits"}
+    assert "no target: 99.40 % is MNIST's\n" in report.describe_run("runs/x", summary, records)
+    labels = [line.get_label() for line in report.curves(records, "x").axes[0].lines]
+    assert labels == ["test", "train"]
 
 
 # Groups
