@@ -290,7 +290,8 @@ def floor_seconds(images: int, precision: str, ceilings: dict[str, float]) -> fl
     """The least time of an epoch: computing or moving, whichever takes longer."""
     work = work_per_image()
     moved = work["accesses"] * (2 if precision == "bf16" else 4) + work["bytes"]
-    computing = work["flops"] / ceilings[f"flops_{precision}"]
+    # without units for bf16 float32 is faster, and torch may take it inside
+    computing = work["flops"] / max(ceilings[f"flops_{precision}"], ceilings["flops_no"])
     return images * max(computing, moved / ceilings["bytes_per_second"])
 
 

@@ -1,6 +1,7 @@
 """Every choice of a run in one frozen dataclass: defaults < recipe < file < options."""
 
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from mnist_fast.errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
+MAX_FILE = 100_000  # characters of a configuration file that are read
 TARGET_ACCURACY = 99.4  # percent of MNIST's test images
 
 
@@ -119,6 +121,9 @@ class Config:
             if not low <= value <= high:
                 fault = f"{name} is {value}: it must be between {low:,} and {high:,}"
                 raise InputError(f"{fault}; see train.py --help")
+        for name in ("recipe", "data_dir", "run_dir", "resume"):
+            if getattr(self, name) == "":  # most often a shell variable that is not set
+                raise InputError(f"{name} is empty: give it a value, or leave the option out")
         if self.scale_min > self.scale_max:
             raise InputError(
                 f"scale_min {self.scale_min} is larger than scale_max {self.scale_max}"
@@ -167,14 +172,44 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without what is read as something else than was meant: see its constructors."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [key.value for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:  # the last one would win
+            raise yaml.YAMLError(f"the key '{key}' stands there twice")
+    return loader.construct_mapping(node, deep=True)
+
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", node.value):  # 010 would be 8, and 1:30 be 90
+        raise yaml.YAMLError(f"{node.value} is not a whole number as people write them")
+    return loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a mapping from a YAML file; every fault is one `InputError` that names the file."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe might never end
+            raise InputError(f"{path}: not a regular file: name a readable YAML file")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_FILE + 1)
+        if len(text) > MAX_FILE:
+            raise InputError(f"{path}: more than {MAX_FILE:,} characters")
+        content = yaml.load(text, _Loader)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}: name a readable YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path}: not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: not valid YAML: nested too deeply") from error
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -221,15 +256,10 @@ def load(arguments: Sequence[str] | None = None) -> Config:
     """
     parser = build_parser()
     given = _options_given(parser, list(sys.argv[1:] if arguments is None else arguments))
-    from_file = read_yaml(Path(given["config"])) if given.get("config") else {}
-    recipe = given.get("recipe") or from_file.get("recipe") or Config.recipe
-    layers = [
-        (f"recipe {recipe}", read_recipe(str(recipe))),
-        (str(given.get("config")), from_file),
-    ]
-    values: dict[str, Any] = {}
-    for where, layer in layers:
-        values |= _checked(parser, where, layer)
+    from_file = read_yaml(Path(given["config"])) if "config" in given else {}
+    values = _checked(parser, str(given.get("config")), from_file)
+    recipe = given.get("recipe", values.get("recipe", Config.recipe))
+    values = _checked(parser, f"recipe {recipe}", read_recipe(recipe)) | values
     values |= {name: value for name, value in given.items() if name != "config"}
     return Config(**(values | {"recipe": recipe}))
 

@@ -87,6 +87,9 @@ synchronise() { # installs the locked environment
   # FFCV last: the Python it is compiled for, and so the headers it needs, are known by then.
   "$uv" sync --locked --no-install-package ffcv ||
     die "uv could not install the locked environment (see above; UV_PYTHON=/path/to/python3.12 names a Python)"
+  # Where Python may not write bytecode (PYTHONDONTWRITEBYTECODE is set in many containers, or .venv belongs to another
+  # user), each process would compile torch's sources anew, for 10 s and more.
+  export UV_COMPILE_BYTECODE=1
   wheel=$(ffcv_wheel)
   if [[ -n $wheel ]]; then
     "$uv" pip install --python .venv/bin/python --no-deps --reinstall "$wheel" || die "could not install $wheel"

@@ -5,6 +5,7 @@ takes seconds; each then runs train.py as its main program.
 """
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -22,7 +23,9 @@ from mnist_fast import checkpoint
 LIMIT = 200  # seconds that a run of the digits may take on a busy machine
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["mnist_fast.loop", "wandb", "ffcv.loader", "ffcv.fields.decoders"])
+_server.set_forkserver_preload(
+    ["mnist_fast.loop", "wandb", "ffcv.loader", "ffcv.fields.decoders", "torch._dynamo"]
+)
 
 
 def _train(arguments, log, folder, environment, tamper):
@@ -34,6 +37,8 @@ def _train(arguments, log, folder, environment, tamper):
     os.chdir(folder)
     sys.path.insert(0, str(helpers.ROOT))
     sys.argv = ["train.py", *arguments]
+    loop = importlib.import_module("mnist_fast.loop")
+    loop.report.draw_run = lambda *_: None  # it takes longer than the training
     if tamper:
         tamper()
     runpy.run_path(str(helpers.TRAIN), run_name="__main__")

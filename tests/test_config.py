@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import os
 import re
 
 import pytest
@@ -150,12 +151,27 @@ def test_a_bad_option_is_refused_and_named(arguments):
         ("epochs: [3", "not valid YAML"),
         ("epochs: !!python/object:os.system {}", "not valid YAML"),
         ("\x00", "not valid YAML"),
+        ("a: " + 5000 * "[", "nested too deeply"),
+        ("epochs: 1\nepochs: 2", "'epochs' stands there twice"),
+        ("epochs: 010", "010 is not a whole number"),  # 8 in YAML 1.1
+        ("epochs: 1:30", "1:30 is not a whole number"),  # 90
+        ("wandb_name: 2020-02-31", "not valid YAML"),
+        ("&a {epochs: *a}", "not valid YAML"),
+        ("epochs: 1 #" + 100_000 * "x", "more than 100,000 characters"),
+        ("recipe:", "recipe has no value"),
+        ("run_dir: ''", "run_dir is empty"),
     ],
 )
 def test_a_bad_file_is_refused_and_named(write, text, named):
     message = refusal("--config", write(text))
     assert named in message
-    assert "choices.yaml" in message or "recipe" in named
+    assert "choices.yaml" in message or "recipe" in named or "is empty" in named
+
+
+@pytest.mark.parametrize("name", ["recipe", "config", "data_dir", "run_dir", "resume"])
+def test_an_empty_value_is_not_taken_for_none(name):
+    """A shell variable that is not set must not train another recipe, or elsewhere."""
+    assert refusal(f"--{name}", "")
 
 
 def test_an_empty_file_changes_nothing(write):
@@ -165,6 +181,9 @@ def test_an_empty_file_changes_nothing(write):
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     assert "No such file" in refusal("--config", str(tmp_path / "absent.yaml"))
     assert "Is a directory" in refusal("--config", str(tmp_path))
+    os.mkfifo(tmp_path / "pipe")  # nobody writes: it would be waited for
+    assert "not a regular file" in refusal("--config", str(tmp_path / "pipe"))
+    assert "not a regular file" in refusal("--config", "/dev/zero")
     (tmp_path / "latin.yaml").write_bytes(b"recipe: \xe9t\xe9")
     assert "not valid YAML" in refusal("--config", str(tmp_path / "latin.yaml"))
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-TARGETS = ["setup", "train", "test", "test-all", "lint", "format", "bench", "clean"]
+TARGETS = ["setup", "train", "test", "test-slow", "test-all", "lint", "format", "bench", "clean"]
 
 
 def run(*command, cwd=ROOT, env=None, timeout=120):
@@ -66,9 +66,24 @@ def test_make_test_leaves_the_slow_ones_out_and_has_a_time_limit():
     assert re.search(
         r'timeout .* \d+ \S+ -m pytest -m "not slow"', run("make", "-n", "test").stdout
     )
-    everything = run("make", "-n", "test-all").stdout
+    slow, everything = (run("make", "-n", name).stdout for name in ("test-slow", "test-all"))
+    assert re.search(r"timeout .* \d+ \S+ -m pytest -m slow", slow)
+    assert "-m slow" not in everything
     assert "not slow" not in everything
     assert re.search(r"timeout .* \d+ \S+ -m pytest", everything)
+
+
+def test_ci_runs_every_test_once_and_fits_its_time():
+    """SLURM and the faults too; each step's limit leaves room for the one inside the target."""
+    steps = re.findall(r"^step (\d+) (\S+)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert [target for _, target in steps] == ["lint", "test", "test-slow"]
+    limits = {target: int(seconds) for seconds, target in steps}
+    assert sum(limits.values()) <= 85 * 60
+    for target in ("test", "test-slow"):
+        (inner,) = re.findall(
+            r"^timeout .* (\d+) \S+ -m pytest", run("make", "-n", target).stdout, re.M
+        )
+        assert int(inner) < limits[target]
 
 
 def test_make_clean_keeps_data_and_runs(tmp_path):
