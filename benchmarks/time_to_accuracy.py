@@ -87,7 +87,7 @@ class Runner:
         blank = {
             name: torch.zeros_like(value)
             for name, value in self.step.state().items()
-            if name.startswith("momentum/")
+            if name.startswith("optimizer/")
         }
         networks = {f"{kind}/{k}": v for k, v in fresh.state_dict().items() for kind in KINDS}
         self.step.load_state(networks | blank)

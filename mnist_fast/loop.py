@@ -341,7 +341,7 @@ class Training:
         if found is None:
             return None
         checkpoint.check_same_training(found.state, self.identity())
-        checkpoint.check_tensors(found.tensors, self.tensors() | self._momentum())
+        checkpoint.check_tensors(found.tensors, self.tensors())
         self.step.load_state(found.tensors)
         prefix = f"process/{self.runtime.rank}/"
         own = {k.removeprefix(prefix): v for k, v in found.tensors.items() if k.startswith(prefix)}
@@ -353,11 +353,6 @@ class Training:
         self.position = Position(**{name: found.state[name] for name in names})
         self.say(f"resumed at epoch {self.position.epoch + 1}, step {self.position.step}")
         return found.state["wandb_id"]
-
-    def _momentum(self) -> dict[str, Tensor]:
-        """The momentum that a run has from its first step on, in names and shapes."""
-        parameters = enumerate(self.step.network.parameters())
-        return {f"momentum/{n}": p for n, p in parameters} if self.config.momentum else {}
 
     def _find_checkpoint(self) -> Checkpoint | None:
         wanted, folder = self.config.resume, self.folder / "checkpoints"

@@ -1,4 +1,4 @@
-"""One training step: augment, forward, loss, backward, gradient reduction, SGD.
+"""One training step: augment, forward, loss, backward, gradient reduction, SGD or AdamW.
 
 It runs in one of four modes that compute the same training:
 
@@ -45,8 +45,16 @@ def sum_of_losses(log_probabilities: Tensor, labels: Tensor, smoothing: float) -
     return -likelihood
 
 
-def build_optimizer(config: Config, network: nn.Module) -> torch.optim.SGD:
-    """SGD over all parameters, in one fused kernel."""
+def build_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
+    """SGD or AdamW over all parameters, in one fused kernel."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            network.parameters(),
+            lr=config.learning_rate,
+            betas=(config.momentum, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
     return torch.optim.SGD(
         network.parameters(),
         lr=config.learning_rate,
@@ -55,6 +63,17 @@ def build_optimizer(config: Config, network: nn.Module) -> torch.optim.SGD:
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def first_state(config: Config, parameter: Tensor) -> dict[str, Tensor]:
+    """What the optimiser keeps of a parameter, as it would create it in its first step."""
+    if config.optimizer == "adamw":
+        step = torch.zeros((), device=parameter.device)
+        moments = [torch.zeros_like(parameter, requires_grad=False) for _ in range(2)]
+        return {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+    if config.momentum:
+        return {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)}
+    return {}
 
 
 def resolve_mode(config: Config, precision: str, images_per_epoch: int) -> str:
@@ -208,13 +227,20 @@ class TrainingStep:
                 self._augment = torch.compile(augment, dynamic=False)
 
     def _set_up_optimizer(self) -> None:
-        """Hands SGD the rate's tensor, and the momentum that it would create in its first step."""
+        """Hands the optimiser the rate's tensor, and the state that its first step would create."""
         for group in self.optimizer.param_groups:  # after `prepare`, which would copy the tensor
             group["lr"] = self._rate
-        if self.config.momentum:
-            for parameter in self.network.parameters():
-                momentum = torch.zeros_like(parameter)
-                self.optimizer.state[parameter]["momentum_buffer"] = momentum
+        for parameter in self.network.parameters():
+            self.optimizer.state[parameter].update(first_state(self.config, parameter))
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        """What the optimiser keeps, by name."""
+        return {
+            f"optimizer/{index}/{name}": tensor
+            for index, parameter in enumerate(self.network.parameters())
+            for name, tensor in self.optimizer.state[parameter].items()
+            if tensor is not None
+        }
 
     def start_epoch(self, epoch: int) -> None:
         """Sets the epoch whose augmentation is drawn."""
@@ -303,12 +329,12 @@ class TrainingStep:
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
-        """Puts weights, statistics, momentum, averages, totals and generators back afterwards."""
+        """Puts weights, statistics, averages, optimiser, totals and generators back afterwards."""
         networks = [self.network] if self.averaged is None else [self.network, self.averaged]
         state = [
             *(t.data for network in networks for t in network.parameters()),
             *(t for network in networks for t in network.buffers()),
-            *(t for kept in self.optimizer.state.values() for t in kept.values()),
+            *self._optimizer_state().values(),
             self.totals,
         ]
         kept = [tensor.clone() for tensor in state]
@@ -319,14 +345,11 @@ class TrainingStep:
             tensor.copy_(before)
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, statistics, momentum and averages by name, copied to the CPU."""
+        """Weights, statistics, averages and the optimiser's state by name, copied to the CPU."""
         found = {f"network/{k}": v for k, v in self.network.state_dict().items()}
         if self.averaged is not None:
             found |= {f"averaged/{k}": v for k, v in self.averaged.state_dict().items()}
-        for index, parameter in enumerate(self.network.parameters()):
-            momentum = self.optimizer.state[parameter].get("momentum_buffer")
-            if momentum is not None:
-                found[f"momentum/{index}"] = momentum
+        found |= self._optimizer_state()
         return {
             name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
             for name, t in found.items()
@@ -341,10 +364,8 @@ class TrainingStep:
                     k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
                 }
                 network.load_state_dict(part)
-        for index, parameter in enumerate(self.network.parameters()):
-            if f"momentum/{index}" in tensors:  # in place: a captured step knows the address
-                momentum = self.optimizer.state[parameter]["momentum_buffer"]
-                momentum.copy_(tensors[f"momentum/{index}"])
+        for name, tensor in self._optimizer_state().items():
+            tensor.copy_(tensors[name])  # in place: a captured step knows the address
 
     def gradient_norm(self) -> float | None:
         """Euclidean norm of the last step's gradient; it waits for the device.

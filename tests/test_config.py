@@ -218,6 +218,7 @@ def test_ranges_hold_in_files_too(write):
 def test_choices_that_exclude_each_other_are_refused():
     assert "scale_min 1.2 is larger" in refusal("--scale_min", "1.2")
     assert "momentum" in refusal("--nesterov", "true", "--momentum", "0")
+    assert "nesterov" in refusal("--nesterov", "true", "--optimizer", "adamw")
 
 
 # What the options are

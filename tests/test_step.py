@@ -65,13 +65,14 @@ class Plain:
         network = build_network("notebook", config.dropout)
         self.network = network.to(memory_format=torch.channels_last)
         self.averaged = copy.deepcopy(self.network)
-        self.optimizer = torch.optim.SGD(
-            self.network.parameters(),
-            lr=1.0,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-        )
+        parameters, decay = self.network.parameters(), config.weight_decay
+        if config.optimizer == "adamw":
+            betas = (config.momentum, config.beta2)
+            self.optimizer = torch.optim.AdamW(parameters, 1.0, betas, weight_decay=decay)
+        else:
+            self.optimizer = torch.optim.SGD(
+                parameters, 1.0, config.momentum, nesterov=config.nesterov, weight_decay=decay
+            )
         self.loss = self.hits = self.images = 0
 
     def train_epoch(self, feed, epoch=0):
@@ -200,7 +201,24 @@ def test_dropout_draws_anew_in_each_step_and_repeats_with_the_seed(runtime, feed
     assert not torch.equal(run(1), run(2))
 
 
-@pytest.mark.parametrize("choices", [{"ema_decay": 0.9}, {"momentum": 0.0}, {"nesterov": True}])
+def test_adamw_is_the_one_of_the_text_book(runtime):
+    """On gradients that are the same to the bit: it turns the sign of rounding into whole steps."""
+    config = dataclasses.replace(PLAIN, optimizer="adamw", weight_decay=0.1, beta2=0.9)
+    ours, plain = new_step(config, runtime), Plain(config)
+    for rate in RATES:
+        for mine, other in zip(ours.network.parameters(), plain.network.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        ours._rate.fill_(rate)
+        plain.optimizer.param_groups[0]["lr"] = rate
+        ours.optimizer.step()
+        plain.optimizer.step()
+    torch.testing.assert_close(weights(ours.network), weights(plain.network), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "choices", [{"ema_decay": 0.9}, {"momentum": 0.0}, {"nesterov": True}, {"optimizer": "adamw"}]
+)
 def test_the_state_is_all_that_a_step_needs(runtime, feed, choices):
     config = dataclasses.replace(AUGMENTED, **choices)
     whole = new_step(config, runtime)

@@ -86,7 +86,14 @@ def train(config, runtime, feed, epochs=3):
 
 
 @pytest.mark.parametrize("feed_type", [ResidentFeed, CopyingFeed])
-@pytest.mark.parametrize("choices", [{}, {"momentum": 0.0, "nesterov": False, "ema_decay": 0.0}])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"momentum": 0.0, "nesterov": False, "ema_decay": 0.0},
+        {"optimizer": "adamw", "nesterov": False},
+    ],
+)
 def test_captured_trains_as_eager_does_to_the_last_bit(rerun, runtime, pool, feed_type, choices):
     config = dataclasses.replace(CONFIG, **choices)
     feed = feed_type(*pool, SHARDING, 1)
