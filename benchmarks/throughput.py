@@ -201,21 +201,20 @@ def loader_cases(bench: Bench) -> list[Callable[[], Case]]:
 
 def our_settings(on_gpu: bool, recipe: str) -> Iterator[tuple[str, str, str, int, str]]:
     """Recipe, feed, step mode, batch size and precision of our cases, those that matter first."""
-    best = "captured" if on_gpu else "compiled"
+    best, usual = ("captured", "bf16") if on_gpu else ("native", "no")
     first = [
-        (recipe, "resident", best, 128, "bf16"),
-        (recipe, "resident", "eager", 128, "bf16"),
-        ("notebook" if recipe == "fast" else "fast", "resident", best, 128, "bf16"),
-        (recipe, "stream", best, 128, "bf16"),
+        (recipe, "resident", best, 128, usual),
+        (recipe, "resident", "eager", 128, usual),
+        ("notebook" if recipe == "fast" else "fast", "resident", best, 128, usual),
+        (recipe, "stream", best, 128, usual),
     ]
     yield from first
-    modes = [best, "eager"] + ["compiled"] * on_gpu
     for size in (128, 512, 1024, 4096):
-        for precision in ("bf16", "no"):
-            for mode in modes:
+        for precision in (usual, "no" if usual == "bf16" else "bf16"):
+            for mode in (best, "compiled", "eager"):
                 for feed in ("resident", "stream"):
                     setting = (recipe, feed, mode, size, precision)
-                    if setting not in first:
+                    if setting not in first and (mode, precision) != ("native", "bf16"):
                         yield setting
 
 

@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--batch_size", type=int, default=512, help="global (default: 512)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     options, choices = parser.parse_known_args()
-    choices = choices or ["--epochs", "1", "--step", "eager", "--precision", "bf16"]
+    choices = choices or ["--epochs", "1"]
     speeds: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(options.rounds):
         for processes, found in speeds.items():

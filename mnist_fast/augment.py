@@ -7,6 +7,7 @@ epoch, so that it does not depend on how the epoch is cut into batches and share
 import dataclasses
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +166,13 @@ def warps(config: Config) -> bool:
     return any(ranges) or (config.scale_min, config.scale_max) != (1.0, 1.0)
 
 
-def augment(config: Config, images: Tensor, positions: Tensor, key: Tensor) -> Tensor:
+def augment(
+    config: Config,
+    images: Tensor,
+    positions: Tensor,
+    key: Tensor,
+    warp: Callable[[Tensor, Tensor, str, float], Tensor] = warp,
+) -> Tensor:
     """Augmented and normalised images.
 
     Args:
@@ -173,6 +180,7 @@ def augment(config: Config, images: Tensor, positions: Tensor, key: Tensor) -> T
         images: uint8 (batch, 1, size, size).
         positions: int64 (batch,), positions of the images in the epoch.
         key: int64 scalar from `derive_key`.
+        warp: what resamples.
 
     Returns:
         float32, shape of `images`, normalised.

@@ -596,4 +596,22 @@ void predict(const Layer *layers, int count, const float *images, int number, in
   for (int image = 0; image < number; image++)
     for (int c = 0; c < classes; c++) logits[image * classes + c] = pass.logit(image, c);
 }
+
+// Nearest resampling of square images (number, size, size) under maps (number, 2, 3) from output to input pixels with the
+// origin in the centre; `fill` stands outside.
+void warp(const float *images, const float *maps, int number, int size, float fill, float *results) {
+  const float centre = (size - 1) / 2.0f;
+  for (int n = 0; n < number; n++, images += size * size, maps += 6) {
+    for (int y = 0; y < size; y++) {
+      const float dy = y - centre;
+      for (int x = 0; x < size; x++) {
+        const float dx = x - centre;
+        const float column = std::nearbyint(maps[0] * dx + maps[1] * dy + maps[2] + centre);
+        const float row = std::nearbyint(maps[3] * dx + maps[4] * dy + maps[5] + centre);
+        const bool inside = column >= 0 && column < size && row >= 0 && row < size;
+        *results++ = inside ? images[int(row) * size + int(column)] : fill;
+      }
+    }
+  }
+}
 }

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mnist_fast import augment
 from mnist_fast.model import CLASSES, IMAGE_SIZE, Network
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -25,6 +26,7 @@ OPTIONS = ("-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 COMPILE_TIMEOUT = 300.0  # seconds
 POOLS = {nn.MaxPool2d: 1, nn.AvgPool2d: 2}  # native.cpp's names for them
 LARGEST_WINDOW = 16  # native.cpp's MOST_WINDOW
+PREDICTED_AT_ONCE = 128  # images whose activations fit into the processor's caches
 
 
 class Layer(ctypes.Structure):
@@ -74,7 +76,8 @@ def load_library() -> ctypes.CDLL | None:
         *(ctypes.c_float, number, number, integer, pointer),
     ]
     library.predict.argtypes = [pointer, integer, pointer, integer, integer, pointer]
-    library.train.restype = library.predict.restype = None
+    library.warp.argtypes = [pointer, pointer, integer, integer, ctypes.c_float, pointer]
+    library.train.restype = library.predict.restype = library.warp.restype = None
     return library
 
 
@@ -189,30 +192,46 @@ def _address(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
-class NativeNetwork:
-    """A network's forward and backward pass in native code.
+def warp(images: Tensor, maps: Tensor, resampling: str, fill: float) -> Tensor:
+    """As `augment.warp`, whose arguments it takes; only nearest resampling is in native code."""
+    library = load_library()
+    if resampling != "nearest" or library is None:
+        return augment.warp(images, maps, resampling, fill)
+    images, maps = images.contiguous(), maps.contiguous()
+    results = torch.empty_like(images)
+    count, size = images.shape[:2].numel(), images.shape[-1]
+    pointers = (images.data_ptr(), maps.data_ptr(), count, size)
+    library.warp(*pointers, fill, results.data_ptr())
+    return results
+
+
+class NativeNetwork(Network):
+    """A network whose logits, in evaluation, and gradients come from native code.
 
     Args:
-        network: on the CPU, contiguous, float32. Its tensors must stay where they are.
+        network: on the CPU, contiguous, float32; its layers are shared. Their tensors must stay
+            where they are.
     """
 
     def __init__(self, network: Network):
+        super().__init__([*network.layers])
         library = load_library()
         if library is None:
             raise RuntimeError("native code is not available")
-        self.network, self._library = network, library
-        self._parameters = list(network.parameters())
-        self._counters = [b for name, b in network.named_buffers() if "num_batches" in name]
-        self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
-        self._hand_over_gradients()
-        self._layers = describe(network)
+        self._library = library
         self.lanes: int = library.lanes()
+        self._counters = [b for name, b in self.named_buffers() if "num_batches" in name]
+        self._gradients: list[Tensor] = []
+        self._layers = describe(self)
 
     def _hand_over_gradients(self) -> None:
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+        """Lets the parameters have the gradients that the native code writes."""
+        if not self._gradients:
+            self._gradients = [torch.zeros_like(parameter) for parameter in self.parameters()]
+        for parameter, gradient in zip(self.parameters(), self._gradients, strict=True):
             parameter.grad = gradient
 
-    def train(
+    def backpropagate(
         self,
         inputs: Tensor,
         labels: Tensor,
@@ -234,12 +253,15 @@ class NativeNetwork:
         """
         if len(inputs) % self.lanes:
             raise ValueError(f"native code: {len(inputs)} is no multiple of {self.lanes} images")
+        first = not self._gradients
+        self._hand_over_gradients()
+        if first:
+            self._layers = describe(self)
         inputs, labels = inputs.contiguous(), labels.contiguous()
         targets = F.one_hot(labels, CLASSES).float()
         if smoothing:
             targets = targets * (1 - smoothing) + smoothing / CLASSES
         totals = (ctypes.c_double * 2)()
-        self._hand_over_gradients()
         self._library.train(
             *(self._layers, len(self._layers), inputs.data_ptr(), labels.data_ptr()),
             *(targets.data_ptr(), len(inputs), weight, *place, torch.get_num_threads(), totals),
@@ -248,7 +270,12 @@ class NativeNetwork:
         return totals[0], totals[1]
 
     def logits(self, images: Tensor) -> Tensor:
-        """As `Network.logits` in evaluation; float32 (n, 1, 28, 28) to (n, 10)."""
+        """As `Network.logits`; in evaluation float32 images on the CPU go through native code."""
+        if self.training:
+            return super().logits(images)
+        return torch.cat([self._predict(part) for part in images.split(PREDICTED_AT_ONCE)])
+
+    def _predict(self, images: Tensor) -> Tensor:
         missing = -len(images) % self.lanes
         padded = F.pad(images, (0, 0) * 3 + (0, missing)).contiguous()
         logits = torch.empty(len(padded), CLASSES)

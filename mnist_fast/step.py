@@ -10,6 +10,7 @@ It runs in one of four modes that compute the same training:
 
 import contextlib
 import copy
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -200,11 +201,15 @@ class TrainingStep:
             print("step: eager, because fp16's loss scaling waits for the host in every step")
         device = runtime.device
         network = network.to(device)
-        if self.mode != "native":
+        averaged = copy.deepcopy(network).eval() if config.ema_decay else None
+        self._native: native.NativeNetwork | None = None
+        if self.mode == "native":
+            network = self._native = native.NativeNetwork(network)
+            averaged = native.NativeNetwork(averaged).eval() if averaged else None
+        else:
             network = network.to(memory_format=torch.channels_last)
-        self.network = network
-        self._native = native.NativeNetwork(network) if self.mode == "native" else None
-        self.averaged = copy.deepcopy(network).eval() if config.ema_decay else None
+            averaged = averaged.to(memory_format=torch.channels_last) if averaged else None
+        self.network, self.averaged = network, averaged
         self.optimizer = build_optimizer(config, network)
         if self.mode == "eager":
             self._forward_network, self._stepper = runtime.prepare(network, self.optimizer)
@@ -220,6 +225,8 @@ class TrainingStep:
         self._augmented, self._dropout_key = True, 0
         self._captured: dict[bool, CapturedStep] = {}  # by whether images are augmented
         self._augment, self._forward = augment, self._forward_rest
+        if self.mode == "native":
+            self._augment = functools.partial(augment, warp=native.warp)
         if self.mode in ("compiled", "captured"):
             keep_compiled_kernels()
             self._forward = torch.compile(self._forward_rest, dynamic=False)
@@ -270,7 +277,7 @@ class TrainingStep:
         if self._native is not None and len(batch) % self._native.lanes == 0:
             place = (self._dropout_key, batch.position)
             smoothing = self.config.label_smoothing
-            loss_sum, hits = self._native.train(inputs, labels, weight, smoothing, place)
+            loss_sum, hits = self._native.backpropagate(inputs, labels, weight, smoothing, place)
             counts = self.totals.new_tensor([loss_sum, hits, len(batch)])
         else:
             whole = len(batch) == self.sharding.local_size

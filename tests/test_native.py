@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mnist_fast import native
+from mnist_fast import augment, native
 from mnist_fast.config import Config
 from mnist_fast.data import ResidentFeed, Sharding
 from mnist_fast.errors import InputError
@@ -46,7 +46,7 @@ def built(name, dropout=0.0):
 def test_gradients_statistics_and_counts_are_torchs(name, smoothing, batch):
     network = built(name)
     reference = copy.deepcopy(network).double()
-    found = native.NativeNetwork(network).train(*batch, 1 / BATCH, smoothing, (1, 0))
+    found = native.NativeNetwork(network).backpropagate(*batch, 1 / BATCH, smoothing, (1, 0))
 
     scores = reference.layers(batch[0].double()).flatten(1).log_softmax(1)
     loss = sum_of_losses(scores, batch[1], smoothing)
@@ -67,7 +67,7 @@ def test_gradients_statistics_and_counts_are_torchs(name, smoothing, batch):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits_are_torchs_for_any_number_of_images(name, count, batch):
     network = built(name, dropout=0.3)
-    logits = native.NativeNetwork(network).logits(batch[0][:count])
+    logits = native.NativeNetwork(network).eval().logits(batch[0][:count])
     with torch.inference_mode():
         expected = network.eval().logits(batch[0][:count])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
@@ -80,7 +80,7 @@ def test_the_number_of_threads_changes_no_bit(batch):
         for number in (1, 2, 5):
             torch.set_num_threads(number)
             network = built("notebook", dropout=0.1)
-            totals = native.NativeNetwork(network).train(*batch, 1.0, 0.0, (5, 128))
+            totals = native.NativeNetwork(network).backpropagate(*batch, 1.0, 0.0, (5, 128))
             kept.append((totals, [p.grad for p in network.parameters()], list(network.buffers())))
     finally:
         torch.set_num_threads(threads)
@@ -94,7 +94,7 @@ def test_a_loss_that_is_not_a_number_stays_one(batch):
     network = built("notebook")
     with torch.no_grad():
         network.layers[0].weight[0] = float("nan")
-    loss, _ = native.NativeNetwork(network).train(*batch, 1.0, 0.0, (1, 0))
+    loss, _ = native.NativeNetwork(network).backpropagate(*batch, 1.0, 0.0, (1, 0))
     assert loss != loss
 
 
@@ -111,7 +111,7 @@ def test_dropout_drops_the_expected_share():
     nn.init.ones_(layers[1].bias)
     network = Network(layers).train()
     inputs, labels = torch.zeros(480, 1, 28, 28), torch.zeros(480, dtype=torch.int64)
-    native.NativeNetwork(network).train(inputs, labels, 1.0, 0.0, (9, 0))
+    native.NativeNetwork(network).backpropagate(inputs, labels, 1.0, 0.0, (9, 0))
     weight, statistics = layers[4].weight.detach().flatten(1), layers[5]
     mean = statistics.running_mean / statistics.momentum
     torch.testing.assert_close(mean, weight.sum(1), rtol=0, atol=0.01)
@@ -122,7 +122,7 @@ def test_dropout_drops_the_expected_share():
 
 def dropped_gradients(batch, position, key=5):
     network = built("notebook", dropout=0.2)
-    loss, _ = native.NativeNetwork(network).train(*batch, 1.0, 0.0, (key, position))
+    loss, _ = native.NativeNetwork(network).backpropagate(*batch, 1.0, 0.0, (key, position))
     return loss, torch.cat([p.grad.flatten() for p in network.parameters()])
 
 
@@ -139,7 +139,7 @@ def test_the_backward_pass_has_the_masks_of_the_forward_pass(batch):
     """The gradient predicts how the loss changes, with dropout that draws the same again."""
     network = built("notebook", dropout=0.2)
     code = native.NativeNetwork(network)
-    code.train(*batch, 1.0, 0.0, (5, 0))
+    code.backpropagate(*batch, 1.0, 0.0, (5, 0))
     direction = [p.grad / p.grad.norm() for p in network.parameters() if p.dim() == 1][-2:]
     last = [p for p in network.parameters() if p.dim() == 1][-2:]
     slope = sum((p.grad * d).sum() for p, d in zip(last, direction, strict=True)).item()
@@ -148,11 +148,40 @@ def test_the_backward_pass_has_the_masks_of_the_forward_pass(batch):
         with torch.no_grad():
             for parameter, step in zip(last, direction, strict=True):
                 parameter.add_(step, alpha=sign * 1e-2)
-        losses.append(code.train(*batch, 1.0, 0.0, (5, 0))[0])
+        losses.append(code.backpropagate(*batch, 1.0, 0.0, (5, 0))[0])
         with torch.no_grad():
             for parameter, step in zip(last, direction, strict=True):
                 parameter.sub_(step, alpha=sign * 1e-2)
     assert (losses[0] - losses[1]) / 2e-2 == pytest.approx(slope, rel=1e-2)
+
+
+# Augmentation
+
+
+def test_warp_is_torchs_but_for_rounding_at_the_middle_between_two_pixels():
+    generator = torch.Generator().manual_seed(2)
+    images = torch.rand(64, 1, 28, 28, generator=generator)
+    draws = torch.rand(64, augment.DRAWS, generator=generator)
+    config = Config(affine_rotation=10, shear=10, translate=0.1, scale_min=0.8, scale_max=1.2)
+    maps = augment.affine_maps(augment.draw_parameters(config, draws, 28))
+    ours = native.warp(images, maps, "nearest", 0.25)
+    assert (ours != augment.warp(images, maps, "nearest", 0.25)).float().mean() < 1e-3
+    assert (ours == 0.25).any()
+
+
+def test_warp_by_whole_pixels_moves_them():
+    image = torch.arange(1.0, 785).view(1, 1, 28, 28)
+    shift = torch.tensor([[[1.0, 0, 3], [0, 1, -2]]])  # from output to input
+    moved = native.warp(image, shift, "nearest", 0)
+    expected = torch.zeros_like(image)
+    expected[..., 2:, :-3] = image[..., :-2, 3:]
+    assert torch.equal(moved, expected)
+
+
+def test_other_resampling_is_torchs():
+    image, half = torch.rand(1, 1, 28, 28), torch.tensor([[[1.0, 0, 0.5], [0, 1, 0]]])
+    expected = augment.warp(image, half, "bilinear", 0)
+    assert torch.equal(native.warp(image, half, "bilinear", 0), expected)
 
 
 # As a step of training
