@@ -38,6 +38,7 @@ class Tracker:
         self.held_out = "validation" if config.validation_split else "test"
         self.wandb_id: str | None = None
         self._passed = False
+        self._records: list[dict[str, Any]] = []
         self._wandb: Any = None  # the module, while a run is open
         self._run: Any = None
 
@@ -56,6 +57,7 @@ class Tracker:
         self.folder.mkdir(parents=True, exist_ok=True)
         dump(self.config, self.folder / "config.yaml")
         write_atomically(self.folder / "metrics.jsonl", "".join(map(_line, records)))
+        self._records = list(records)
         self._passed = any(map(self._passes, records))
         self._start_wandb(facts, wandb_id)
 
@@ -94,6 +96,7 @@ class Tracker:
             return
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(_line(record))
+        self._records.append(record)
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
         self._guard(lambda: self.runtime.log(numbers))
         if self._passes(record) and not self._passed:
@@ -153,7 +156,7 @@ class Tracker:
         if not self.active:
             return
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        self._guard(lambda: self._run.summary.update(summary))
+        self._guard(lambda: self._run.summary.update(summarise(summary, self._records)))
         self.close(exit_code=0)
 
     def close(self, exit_code: int) -> None:
@@ -223,10 +226,10 @@ class Tracker:
         run.define_metric("epoch")
         run.define_metric("global_step")
         run.define_metric("*", step_metric="epoch")
-        for name in ("learning_rate", "gradient_norm"):
-            run.define_metric(name, step_metric="global_step")
-        for name, summary in SUMMARIES.items():
-            run.define_metric(name, step_metric="epoch", summary=summary)
+        run.define_metric("learning_rate", step_metric="global_step")
+        for name in SUMMARISED:
+            step = "global_step" if name == "gradient_norm" else "epoch"
+            run.define_metric(name, step_metric=step, summary="min,max,last")
         return run
 
     def _identity(self) -> dict[str, Any]:
@@ -274,15 +277,24 @@ class Tracker:
 
 
 # Validation metrics keep plain numbers in W&B's summary: a sweep reads them there.
-SUMMARIES = {
-    "train_accuracy": "max",
-    "test_accuracy": "max",
-    "train_loss": "min",
-    "test_loss": "min",
-    "gradient_norm": "min,max",
-    "epoch_seconds": "min,max",
-    "images_per_second": "min,max",
-}
+SUMMARISED = (
+    *("train_accuracy", "test_accuracy", "train_loss", "test_loss"),
+    *("gradient_norm", "epoch_seconds", "images_per_second"),
+)
+
+
+def summarise(summary: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What W&B's summary is to hold at the end.
+
+    `min`, `max` and `last` of the summarised metrics are over all epochs, because W&B counts those
+    since the last resume alone in an offline run; what `summary.json` says under the same name, of
+    the whole run, stands under `final/`.
+    """
+    whole = {f"final/{key}" if key in SUMMARISED else key: summary[key] for key in summary}
+    for name in SUMMARISED:
+        if values := [r[name] for r in records if r.get(name) is not None]:
+            whole[name] = {"min": min(values), "max": max(values), "last": values[-1]}
+    return whole
 
 
 def tile(images: Any, columns: int = 8) -> Any:

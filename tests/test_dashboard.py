@@ -1,5 +1,6 @@
 """What W&B gets to see: one offline run, read back from its .wandb file."""
 
+import contextlib
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from mnist_fast.config import Config, load
 from mnist_fast.errors import RunError
 from mnist_fast.loop import train
-from mnist_fast.tracking import Tracker
+from mnist_fast.tracking import SUMMARISED, Tracker
 
 BLOCK, HEADER = 32 * 1024, 7  # LevelDB's log format
 
@@ -102,26 +103,54 @@ class Board:
         return json.loads((self.files / self.logged(key)["path"]).read_text())
 
 
-def train_quickly(betons, folder, *options):
-    """Trains on the digits in this process, with W&B offline."""
+def train_quickly(betons, folder, *options, wandb="offline"):
+    """Trains on the digits in this process, with W&B offline unless told otherwise."""
     arguments = ("--dataset", "digits", "--data_dir", betons, "--run_dir", folder)
-    plain = ("--step", "eager", "--precision", "no", "--wandb", "offline")
+    plain = ("--step", "eager", "--precision", "no", "--wandb", wandb)
     with helpers.single_process():
         return train(load([str(part) for part in (*arguments, *plain, *options)]))
 
 
-@pytest.fixture(scope="module")
-def folder(small_betons, tmp_path_factory):
-    """A run of two epochs with names by option and by variable, inside a SLURM job."""
-    folder = tmp_path_factory.mktemp("run") / "seen"
-    options = ("--wandb_project", "p", "--wandb_entity", "e", "--wandb_group", "g")
-    variables = {"WANDB_NAME": "by-variable", "WANDB_JOB_TYPE": "test", "WANDB_PROJECT": "other"}
+OPTIONS = (
+    *("--wandb_project", "p", "--wandb_entity", "e", "--wandb_group", "g"),
+    *(
+        "--wandb_name",
+        "n",
+        "--wandb_job_type",
+        "j",
+        "--wandb_tags",
+        "a, b",
+        "--wandb_notes",
+        "n: o",
+    ),
+)
+VARIABLES = {
+    "WANDB_PROJECT": "project-v",
+    "WANDB_ENTITY": "entity-v",
+    "WANDB_RUN_GROUP": "group-v",
+    "WANDB_NAME": "name-v",
+    "WANDB_JOB_TYPE": "job-v",
+    "WANDB_TAGS": "c,d",
+    "WANDB_NOTES": "notes: v",
+}
+
+
+@contextlib.contextmanager
+def environment(**variables):
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("WANDB_DATA_DIR")
-        for name, value in (variables | {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "2"}).items():
-            patch.setenv(name, value)
-        options += ("--wandb_tags", "a, b", "--wandb_notes", "n: o", "--epochs", "2")
-        train_quickly(small_betons, folder, *options)
+        for name, value in variables.items():
+            patch.setenv(name, str(value))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(small_betons, tmp_path_factory):
+    """A run of two epochs inside a SLURM job; the variables say something else than its options."""
+    folder = tmp_path_factory.mktemp("run") / "seen"
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "2"}
+    with environment(**VARIABLES, **slurm, WANDB_MODE="disabled"):
+        train_quickly(small_betons, folder, *OPTIONS, "--epochs", "2")
     return folder
 
 
@@ -136,11 +165,27 @@ def board(folder):
     return only_board(folder)
 
 
-def test_names_come_from_options_then_variables(board):
-    run = board.run
-    assert (run.project, run.entity, run.run_group) == ("p", "e", "g")
-    assert (run.display_name, run.job_type) == ("by-variable", "test")
-    assert (list(run.tags), run.notes) == (["a", "b"], "n: o")
+def names_of(run):
+    """What W&B's file calls a run."""
+    names = (run.project, run.entity, run.run_group, run.display_name, run.job_type)
+    return (*names, list(run.tags), run.notes)
+
+
+def test_options_win_over_variables(board):
+    assert names_of(board.run) == ("p", "e", "g", "n", "j", ["a", "b"], "n: o")
+
+
+def test_variables_reach_the_wandb_file(small_betons, tmp_path):
+    """With a key `auto` would be online; WANDB_DIR alone does not count."""
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    mode = {"WANDB_MODE": "offline", "WANDB_API_KEY": "0" * 40, "WANDB_DIR": elsewhere}
+    with environment(**VARIABLES, **mode):
+        train_quickly(small_betons, folder, "--epochs", "1", wandb="auto")
+    run = only_board(folder).run
+    names = ("project-v", "entity-v", "group-v", "name-v", "job-v", ["c", "d"], "notes: v")
+    assert names_of(run) == names
+    assert not list(elsewhere.iterdir())
 
 
 def test_config_is_resolved_and_tells_where_the_run_comes_from(board, folder):
@@ -167,16 +212,24 @@ def test_steps_and_summaries_are_defined(board):
     metrics = {m.name or m.glob_name: m for m in board.all("metric")}
     assert metrics["*"].step_metric == metrics["test_accuracy"].step_metric == "epoch"
     assert metrics["learning_rate"].step_metric == "global_step"
-    assert metrics["test_accuracy"].summary.max
-    assert metrics["test_loss"].summary.min
+    for name in SUMMARISED:
+        wanted = metrics[name].summary
+        assert (wanted.min, wanted.max, wanted.last) == (True, True, True), name
 
 
-def test_summary_is_summary_json(board, folder):
-    for key, value in helpers.read_summary(folder).items():
+def extremes(values):
+    return {"min": min(values), "max": max(values), "last": values[-1]}
+
+
+def test_summary_has_min_max_and_last_beside_summary_json(board, folder):
+    records, summary = helpers.read_records(folder), helpers.read_summary(folder)
+    assert len({record["images_per_second"] for record in records}) == 2
+    for name in SUMMARISED:
+        assert board.summary[name] == extremes([record[name] for record in records]), name
+    for key, value in summary.items():
         if not isinstance(value, dict):
-            assert board.summary[key] == value, key
-    best = max(record["train_accuracy"] for record in helpers.read_records(folder))
-    assert board.summary["train_accuracy"] == {"max": best}
+            assert board.summary[f"final/{key}" if key in SUMMARISED else key] == value, key
+    assert board.summary["test_accuracy"]["last"] == summary["test_accuracy"]
 
 
 def test_layers_add_up(board):
@@ -191,13 +244,13 @@ def test_confusion_matrix_counts_every_test_image(board):
     actual, predicted = table["columns"].index("Actual"), table["columns"].index("Predicted")
     assert sum(row[count] for row in table["data"]) == 360
     right = sum(row[count] for row in table["data"] if row[actual] == row[predicted])
-    assert 100 * right / 360 == pytest.approx(board.summary["test_accuracy"])
+    assert 100 * right / 360 == pytest.approx(board.summary["test_accuracy"]["last"])
 
 
 def test_misread_digits_have_image_label_prediction_and_probability(board):
     table = board.table("misread")
     assert table["columns"] == ["position", "image", "label", "prediction", "probability"]
-    wrong = 360 - round(3.6 * board.summary["test_accuracy"])
+    wrong = 360 - round(3.6 * board.summary["test_accuracy"]["last"])
     assert len(table["data"]) == min(wrong, 100)
     for _, _, label, prediction, probability in table["data"]:
         assert label != prediction
@@ -243,6 +296,8 @@ def test_the_same_run_goes_on_after_a_resume(small_betons, tmp_path):
     assert ours.run.run_id == theirs.run.run_id
     epochs = [[h["epoch"] for h in b.history if "train_loss" in h] for b in (ours, theirs)]
     assert epochs == [[1], [2]]
+    rates = [record["images_per_second"] for record in helpers.read_records(tmp_path)]
+    assert theirs.summary["images_per_second"] == extremes(rates)  # of both parts
 
 
 # Without a run: a tracker whose W&B is a stand-in

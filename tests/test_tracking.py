@@ -67,9 +67,13 @@ def test_the_wandb_file_holds_the_summary(records, launched):
     for record in records:
         if record.HasField("summary"):
             found |= wandb_file.plain(record.summary.update)
+    epochs, over_epochs = read_records(launched), tracking.SUMMARISED
     for key, value in read_summary(launched).items():
         if not isinstance(value, dict):
-            assert found[key] == value, key
+            assert found[f"final/{key}" if key in over_epochs else key] == value, key
+    for name in over_epochs:
+        values = [epoch[name] for epoch in epochs]
+        assert found[name] == {"min": min(values), "max": max(values), "last": values[-1]}, name
 
 
 def test_the_wandb_file_says_that_the_run_succeeded(records):
