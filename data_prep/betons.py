@@ -9,9 +9,10 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from data_prep.manifest import (
     Split,
     check,
     data_sha256,
+    is_foreign,
     load_manifest,
 )
 from data_prep.sources import Source, find_mnist, load_source
@@ -154,7 +156,7 @@ def _valid_manifest(out: Path, source: Source) -> Manifest | None:
 
 
 def _write(source: Source, out: Path, progress: bool) -> Manifest:
-    with staging(out) as stage:
+    with staging(out, partial(_make_way, out)) as stage:
         manifest = _valid_manifest(out, source)  # another process may have been at work
         if manifest is not None:
             return manifest
@@ -165,6 +167,43 @@ def _write(source: Source, out: Path, progress: bool) -> Manifest:
         (stage.folder / MANIFEST_NAME).write_text(manifest.to_json())
         _publish(stage.folder, out)
     return manifest
+
+
+def _make_way(out: Path, leftovers: list[Path]) -> None:
+    """Removes betons that a killed run had moved to `out`, their manifest not yet.
+
+    That manifest still lies in one of the `leftovers`, the temporary folders of such runs. Called
+    before those are removed, so that being killed here leaves nothing that cannot be told.
+
+    Raises:
+        InputError: there are other betons, or a manifest, that nobody here wrote.
+    """
+    manifest = out / MANIFEST_NAME
+    if is_foreign(out):
+        _refuse(manifest, "it is not one of data_prep")
+    paths = [out / f"{split}.beton" for split in SPLITS]
+    orphans = [path for path in paths if os.path.lexists(path)]
+    if not orphans or manifest.exists():
+        return
+    if not any(_came_from(leftover, orphans) for leftover in leftovers):
+        _refuse(orphans[0], f"no {MANIFEST_NAME} says that data_prep wrote it")
+    for path in orphans:
+        path.unlink()
+
+
+def _refuse(path: Path, reason: str) -> NoReturn:
+    raise InputError(
+        f"{path} is left as it is, {reason}: move it away, or use another folder with --out"
+    )
+
+
+def _came_from(leftover: Path, orphans: list[Path]) -> bool:
+    """Whether the manifest in a temporary folder describes the betons."""
+    try:
+        splits = load_manifest(leftover).splits()
+    except InputError:
+        return False
+    return all(path.is_file() and _sha256(path) == splits[path.stem].sha256 for path in orphans)
 
 
 def _require_space(folder: Path, source: Source) -> None:
@@ -214,11 +253,8 @@ def _describe(source: Source, statistics: dict[str, Any], folder: Path) -> Manif
     splits = {}
     for split in SPLITS:
         path = folder / f"{split}.beton"
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        splits[split] = Split(
-            file=path.name, bytes=path.stat().st_size, sha256=sha256, **statistics[split]
-        )
+        size, sha256 = path.stat().st_size, _sha256(path)
+        splits[split] = Split(file=path.name, bytes=size, sha256=sha256, **statistics[split])
     return Manifest(
         format=FORMAT,
         dataset=source.name,
@@ -239,13 +275,27 @@ def _publish(folder: Path, out: Path) -> None:
     """Moves the files into place, safely on disk, the manifest last.
 
     Killed in between, the old manifest (or none) does not fit the new betons: `check` says so.
+    The new manifest is then still in `folder`, by which `_make_way` knows the betons. Where it is
+    only stopped, or fails, no betons without a manifest stay.
     """
     names = [f"{split}.beton" for split in SPLITS] + [MANIFEST_NAME]
     for name in names:
         _sync(folder / name)
-    for name in names:
-        os.replace(folder / name, out / name)
+    _sync(folder)
+    try:
+        for name in names:
+            os.replace(folder / name, out / name)
+    except BaseException:
+        if not (out / MANIFEST_NAME).exists():
+            for name in names:
+                (out / name).unlink(missing_ok=True)
+        raise
     _sync(out)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -101,6 +101,17 @@ def load_manifest(folder: Path) -> Manifest:
         raise InputError(f"{path} is not a valid manifest ({error}): {_remedy(folder)}") from None
 
 
+def is_foreign(folder: Path) -> bool:
+    """Whether `folder/manifest.json` is there, and not even a damaged one of ours."""
+    try:
+        with (Path(folder) / MANIFEST_NAME).open("rb") as file:
+            content = file.read(_MAX_BYTES)
+    except FileNotFoundError:
+        return False
+    keys = (b'"format"', b'"image_shape"', b'"source_checksums"')
+    return content != b"" and not any(key in content for key in keys)
+
+
 def check(folder: Path) -> Manifest:
     """Compares size and sha256 of both betons with the manifest; takes about 0.1 s for MNIST.
 

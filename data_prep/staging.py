@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +27,13 @@ class Staging:
 
 
 @contextmanager
-def staging(folder: Path) -> Iterator[Staging]:
+def staging(
+    folder: Path, make_way: Callable[[list[Path]], None] = lambda leftovers: None
+) -> Iterator[Staging]:
     """Makes `folder`, locks it, and gives a temporary folder in it that is gone afterwards.
 
-    What an earlier process that was killed left behind is removed first. A `folder` that is new
-    and stays empty is removed again.
+    What an earlier process that was killed left behind is removed first, after `make_way` was
+    called with those temporary folders. A `folder` that is new and stays empty is removed again.
 
     Raises:
         InputError: the folder cannot be written (also: from the `with` block), or another process
@@ -39,7 +41,9 @@ def staging(folder: Path) -> Iterator[Staging]:
     """
     try:
         with _locked(folder) as lock:
-            for leftover in folder.glob(f"{_PREFIX}*"):
+            leftovers = list(folder.glob(f"{_PREFIX}*"))
+            make_way(leftovers)
+            for leftover in leftovers:
                 shutil.rmtree(leftover, ignore_errors=True)
             temporary = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
             try:

@@ -382,16 +382,40 @@ def test_stop_leaves_nothing(number: int, status: int, idx_root: Path, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
-def test_after_a_kill_two_at_once_repair_the_folder(
-    prepared: Path, idx_root: Path, tmp_path: Path
+DIES = """
+import os, signal, sys
+from data_prep import __main__
+moves, move = int(sys.argv.pop(1)), os.replace
+def replace(source, target):
+    global moves
+    move(source, target)
+    moves -= 1
+    if not moves:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replace
+__main__.main(sys.argv[1:])
+"""
+
+
+def die_after_moves(moves: int, *arguments: object) -> None:
+    """`python -m data_prep`, killed when it has moved so many of the three files into place."""
+    command_line = [sys.executable, "-c", DIES, str(moves), *map(str, arguments)]
+    done = subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.parametrize("moves", [1, 2])
+def test_after_kills_two_at_once_repair_the_folder(
+    moves: int, prepared: Path, idx_root: Path, tmp_path: Path
 ) -> None:
-    """One is killed after the first of three renames; two others then start at the same time."""
+    """One is killed while it writes, one between its renames; two others then start at once."""
     out = tmp_path / "out"
     killed = start("--source", idx_root, "--out", out)
     child = wait_for_writer(out, killed.pid)
     killed.kill()
     killed.communicate(timeout=30)
-    shutil.copy(prepared / "train.beton", out)
+    die_after_moves(moves, "--source", idx_root, "--out", out)
+    assert len(list(out.glob("*.beton"))) == moves
     with pytest.raises(InputError, match=r"manifest.json is missing: run `python -m data_prep"):
         check(out)
     both = [start("--source", idx_root, "--out", out) for _ in range(2)]
@@ -404,6 +428,77 @@ def test_after_a_kill_two_at_once_repair_the_folder(
         "manifest.json": (out / "manifest.json").read_bytes(),
     }
     assert check(out) == load_manifest(prepared)
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_a_stop_between_renames_leaves_nothing(
+    moves: int, idx_root: Path, tmp_path: Path, monkeypatch
+) -> None:
+    move, moved = os.replace, []
+
+    def replace(source: Path, target: Path) -> None:
+        if len(moved) == moves:
+            raise SystemExit(143)
+        moved.append(target)
+        move(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(SystemExit):
+        prepare("mnist", idx_root, tmp_path / "out", progress=False)
+    assert len(moved) == moves
+    assert not (tmp_path / "out").exists()
+
+
+# Files of somebody else
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.beton",),
+        ("test.beton",),
+        ("train.beton", "test.beton"),
+        ("train.beton", "test.beton", ".staging-old/train.beton"),
+        ("train.beton", "manifest.json"),
+        ("manifest.json",),
+    ],
+)
+def test_files_of_others_are_left_alone(
+    names: tuple[str, ...], idx_root: Path, tmp_path: Path, capsys
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f'{{"name": "precious {name}"}}')
+    status = run("--source", idx_root, "--out", tmp_path)
+    assert_refused(capsys, status, r"(beton|manifest.json) is left as it is, .*--out")
+    there = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert there == set(names)
+    for name in names:
+        assert (tmp_path / name).read_text() == f'{{"name": "precious {name}"}}'
+
+
+def test_other_betons_beside_a_killed_run_are_left_alone(
+    prepared: Path, idx_root: Path, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "train.beton").write_text("precious")
+    (tmp_path / ".staging-old").mkdir()
+    shutil.copy(prepared / "manifest.json", tmp_path / ".staging-old")
+    assert_refused(capsys, run("--source", idx_root, "--out", tmp_path), "train.beton is left as")
+    assert (tmp_path / "train.beton").read_text() == "precious"
+    assert (tmp_path / ".staging-old" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("damage", ["", "cut", "flipped"])
+def test_a_damaged_manifest_is_written_anew(
+    damage: str, out: Path, prepared: Path, idx_root: Path
+) -> None:
+    path = out / "manifest.json"
+    text = path.read_text()
+    path.write_text(
+        {"": "", "cut": text[:100], "flipped": text.replace("format", "gormat")}[damage]
+    )
+    assert prepare("mnist", idx_root, out, progress=False) == load_manifest(prepared)
+    assert check(out)
 
 
 # The check before training
