@@ -87,6 +87,8 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST_NAME
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe might never end
+            raise ValueError("it is not a regular file")
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES)
         manifest = _manifest(json.loads(content))

@@ -1,5 +1,6 @@
 """The training loop: `train(config)` is the whole interface."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -103,10 +104,9 @@ class Training:
         """Trains from where the run stands to its end; returns the summary."""
         with signals.leaving_at_once():
             wandb_id = self.resume()
-        summary_file = self.folder / "summary.json"
-        if self.position.epoch >= self.config.epochs and summary_file.exists():
+        if finished := self.runtime.on_main(self._read_finished):
             self.say(f"{self.folder} is finished: nothing to do")
-            return json.loads(summary_file.read_text(encoding="utf-8"))
+            return finished
         try:
             with signals.leaving_at_once():
                 self.tracker.start(self.facts(), self.position.records, wandb_id)
@@ -121,6 +121,15 @@ class Training:
         finally:
             self.tracker.close(exit_code=1)
         return summary
+
+    def _read_finished(self) -> dict[str, Any] | None:
+        """The summary of a run that is over; None where its end is, or files of it are, missing."""
+        if self.position.epoch < self.config.epochs:
+            return None
+        with contextlib.suppress(OSError, ValueError):
+            if (self.folder / "weights.safetensors").is_file():
+                return json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        return None
 
     def _profile_folder(self) -> Path | None:
         wanted = self.config.profile and self.runtime.is_main

@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from mnist_fast.runtime import Runtime
 PROJECT = "mnist_fast"
 INIT_TIMEOUT = 20.0  # seconds that an unreachable W&B server may cost at the start
 FINISH_TIMEOUT = 60.0  # and at the end
+PATIENCE = 15.0  # a call that took longer was the last one: without a server each takes 20 s
 MODES = ("online", "offline", "disabled")
 DIGITS = list("0123456789")
 SLURM = (
@@ -182,6 +185,7 @@ class Tracker:
         except ImportError as error:
             self._say(f"W&B cannot be imported ({error}); metrics go to {self.folder} alone")
             return
+        logging.raiseExceptions = False  # W&B's own log on a full disk: no traceback for each line
         if mode == "auto":
             mode = "online" if _has_key(wandb) else "offline"
         # a sweep's agent has chosen an id already
@@ -265,9 +269,12 @@ class Tracker:
         """Calls W&B; a failure is said and ends W&B's part, never the training."""
         if self._run is None:
             return
+        started = time.monotonic()
         try:
             with _data_folder(self.folder / "wandb"):
                 action()
+            if time.monotonic() - started > PATIENCE:
+                raise TimeoutError("it does not answer; upload its files with `wandb sync`")
         except Exception as error:
             self._say(f"W&B failed and is left out from here on: {_first_line(error)}")
             self.close(exit_code=1)

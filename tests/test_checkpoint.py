@@ -510,11 +510,13 @@ def test_a_stopped_run_ends_with_the_same_bits(uninterrupted, small_betons, tmp_
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_stopped_compiled_run_ends_with_the_same_bits(small_betons, tmp_path):
-    run(tmp_path / "one", small_betons, step="compiled", epochs=2)
+@pytest.mark.parametrize("step", ["compiled", "native"])
+def test_a_stopped_run_of_another_step_ends_with_the_same_bits(small_betons, tmp_path, step):
+    changes = {"step": step, "epochs": 2}
+    run(tmp_path / "one", small_betons, **changes)
     with pytest.raises(Stopped):
-        run(tmp_path / "other", small_betons, step="compiled", epochs=2, stop_at=7)
-    run(tmp_path / "other", small_betons, step="compiled", epochs=2)
+        run(tmp_path / "other", small_betons, stop_at=7, **changes)
+    run(tmp_path / "other", small_betons, **changes)
     assert same_weights(tmp_path / "one", tmp_path / "other")
 
 

@@ -594,6 +594,12 @@ def test_malformed_manifest(text: str, tmp_path: Path) -> None:
         load_manifest(tmp_path)
 
 
+def test_manifest_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(InputError, match="not a regular file"):
+        load_manifest(tmp_path)
+
+
 # The real thing
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import faults
 import helpers
 import pytest
+from fake_wandb import Server
 from faults import newest, same_weights, started, started_ranks, status
 from slurm_cluster import free_ports
 
@@ -132,6 +133,33 @@ def test_stopped(options, reference, tmp_path, number, moment, tamper, times):
         assert process.wait() == 0, process.said()
     assert status(run) == "finished"
     assert same_weights(run, reference[0])
+
+
+@pytest.fixture(scope="module")
+def reference_of_two(options, tmp_path_factory):
+    """Folder of a run of two processes that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("two")
+    with started_ranks(folder, *free_ports(1), *options, "--run_dir", folder / "run") as processes:
+        assert [process.wait() for process in processes] == [0, 0], processes[0].said()
+    return folder / "run"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+def test_one_of_two_processes_is_asked_to_stop(options, reference_of_two, tmp_path, rank, number):
+    """Both stop at the same step and go on to the same weights."""
+    options = (*options, "--run_dir", tmp_path / "run")
+    with started_ranks(tmp_path, *free_ports(1), *options) as processes:
+        processes[0].wait_for_line("epoch  2/")
+        processes[rank].signal(number)
+        assert [process.wait() for process in processes] == [1, 1]
+        assert "stopped on request at step" in processes[0].errors()[0]
+        assert not processes[1].errors()
+    assert status(tmp_path / "run") == "stopped"
+    with started_ranks(tmp_path, *free_ports(1), *options) as processes:
+        assert [process.wait() for process in processes] == [0, 0], processes[0].said()
+        assert "resumed at epoch" in processes[0].said()
+    assert same_weights(tmp_path / "run", reference_of_two)
 
 
 def listens(pid, number):
@@ -410,6 +438,54 @@ def test_training_goes_on_without_wandb(options, reference, tmp_path, fault):
     options = (*options, "--run_dir", run, "--wandb", mode)
     with started(tmp_path, *options, environment=environment, tamper=tamper) as process:
         assert process.wait(2 * faults.LIMIT) == 0, process.said()
+    assert len(helpers.read_records(run)) == EPOCHS
+    assert status(run) == "finished"
+    assert same_weights(run, reference[0])
+
+
+def impatient():
+    """Waits for W&B's end for a shorter time, for the test's sake."""
+    importlib.import_module("mnist_fast.tracking").FINISH_TIMEOUT = 5.0
+
+
+@pytest.mark.parametrize("fault", ["goes away", "falls silent"])
+def test_training_goes_on_when_wandbs_server_is_lost(options, reference, tmp_path, fault):
+    run = tmp_path / "run"
+    with Server() as server:
+        environment = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
+        choices = (*options, "--run_dir", run, "--wandb", "online")
+        with started(tmp_path, *choices, environment=environment, tamper=impatient) as process:
+            process.wait_for_line("epoch  1/")
+            assert "W&B shows this run at" in process.said()
+            asked = len(server.asked)
+            server.go_away() if fault == "goes away" else server.fall_silent()
+            assert process.wait(2 * faults.LIMIT) == 0, process.said()
+            assert "Traceback" not in process.said()
+            # one call that waits is enough: the next epochs are not kept waiting
+            assert process.said().count("W&B failed and is left out from here on") == 1
+        assert any("UpsertBucket" in line for line in server.asked[:asked])
+    assert len(helpers.read_records(run)) == EPOCHS
+    assert status(run) == "finished"
+    assert same_weights(run, reference[0])
+
+
+@pytest.mark.parametrize("moment", ["from the start", "within the run"])
+def test_a_full_disk_for_wandb_alone(options, reference, tmpfs, tmp_path, moment):
+    disk, run = tmpfs(2_000), tmp_path / "run"
+    run.mkdir()
+    (disk / "wandb").mkdir()
+    (run / "wandb").symlink_to(disk / "wandb")
+    choices = (*options, "--run_dir", run, "--wandb", "offline")
+    if moment == "from the start":
+        fill(disk / "filler")
+    with started(tmp_path, *choices) as process:
+        process.wait_for_line("epoch  1/")
+        if moment == "within the run":
+            assert list(disk.glob("wandb/offline-run-*"))
+            fill(disk / "filler")
+        assert process.wait(2 * faults.LIMIT) == 0, process.said()
+        assert "Traceback" not in process.said()
+    assert os.statvfs(disk).f_bavail == 0
     assert len(helpers.read_records(run)) == EPOCHS
     assert status(run) == "finished"
     assert same_weights(run, reference[0])

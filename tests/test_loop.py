@@ -171,6 +171,19 @@ def test_a_finished_run_is_left_as_it_is(finished, small_betons, capsys):
     assert {path: path.read_bytes() for path in kept} == kept
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [("summary.json", "{cut"), ("summary.json", None), ("weights.safetensors", None)],
+)
+def test_an_end_that_is_damaged_is_made_again(short, small_betons, tmp_path, name, content):
+    folder = tmp_path / "run"
+    shutil.copytree(short, folder)
+    (folder / name).unlink() if content is None else (folder / name).write_text(content)
+    run(small_betons, folder, "--recipe", "notebook", "--learning_rate", 0.1)
+    assert read_summary(folder)["test_accuracy"] == read_summary(short)["test_accuracy"]
+    assert same_weights(short, folder)
+
+
 # What a run depends on
 
 

@@ -7,7 +7,7 @@ import subprocess
 import helpers
 import pytest
 from safetensors.torch import load_file
-from slurm_cluster import cluster, is_over  # noqa: F401
+from slurm_cluster import cluster  # noqa: F401
 
 SCRIPTS = ("train.sh", "seeds.sh", "sweep.sh")
 # Dropout, EMA and a smaller last batch: all that a resumed run has to get right.
@@ -63,7 +63,7 @@ def test_a_stopped_job_is_queued_again_and_ends_with_the_same_weights(
     run = tmp_path / "run"
     job = cluster.submit(
         *(f"--nodes={nodes}", f"--cpus-per-task={processes}", "slurm/train.sh", *OPTIONS),
-        *("--data_dir", small_betons, "--run_dir", run, "--epochs", "8"),
+        *("--data_dir", small_betons, "--run_dir", run, "--epochs", "8", "--wandb", "offline"),
         environment={"PROCESSES_PER_NODE": str(processes)},
     )
     metrics = run / "metrics.jsonl"
@@ -82,6 +82,57 @@ def test_a_stopped_job_is_queued_again_and_ends_with_the_same_weights(
     log = cluster.top / f"mnist_fast-{job}.log"
     assert log.read_text().count("copied to") == 2 * nodes
     assert "resumed at epoch" in log.read_text()
+    ids = [path.name.rpartition("-")[2] for path in run.glob("wandb/offline-run-*")]
+    assert len(ids) >= 2
+    assert len(set(ids)) == 1, "each start has to go on with the same W&B run"
+
+
+# Copies like cp, and flips the first bit of the copied train.beton as often as FAULTS says.
+FAULTY_CP = """#!/bin/bash
+/bin/cp "$@"
+count=$(cat "$COUNTER")
+if ((count < FAULTS)); then
+  echo $((count + 1)) >"$COUNTER"
+  printf 'X' | dd of="${@: -1}/train.beton" bs=1 conv=notrunc status=none
+fi
+"""
+
+
+@slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_damaged_copy_of_the_data_is_noticed(cluster, small_betons, tmp_path, copies):  # noqa: F811
+    """Once: copied again. Each time: the shared files are read."""
+    (tmp_path / "cp").write_text(FAULTY_CP)
+    (tmp_path / "cp").chmod(0o755)
+    (tmp_path / "counter").write_text("0")
+    path = f"{tmp_path}:{cluster.environment['PATH']}"
+    job = cluster.submit(
+        *("slurm/train.sh", *OPTIONS, "--data_dir", small_betons),
+        *("--run_dir", tmp_path / "run", "--epochs", "1"),
+        environment={"PATH": path, "COUNTER": str(tmp_path / "counter"), "FAULTS": str(copies)},
+    )
+    ended = cluster.wait(job, LIMIT)
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), cluster.logs()
+    log = (cluster.top / f"mnist_fast-{job}.log").read_text()
+    assert log.count("train.beton is not what was written") == copies
+    assert ("data copied to" in log) == (copies == 1)
+    assert ("it could not be copied" in log) == (copies == 2)
+    assert status(tmp_path / "run") == "finished"
+
+
+@slow
+@pytest.mark.timeout(1500)
+def test_damaged_shared_data_ends_the_job(cluster, small_betons, tmp_path):  # noqa: F811
+    shutil.copytree(small_betons, tmp_path / "betons")
+    content = bytearray((tmp_path / "betons" / "test.beton").read_bytes())
+    content[-1] ^= 4
+    (tmp_path / "betons" / "test.beton").write_bytes(content)
+    where = ("--data_dir", tmp_path / "betons", "--run_dir", tmp_path / "run")
+    ended = cluster.wait(job := cluster.submit("slurm/train.sh", *OPTIONS, *where), LIMIT)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), cluster.logs()
+    assert "test.beton is not what was written" in cluster.logs(), job
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 @slow
@@ -177,6 +228,20 @@ def test_an_unknown_head_node_stops_the_job(cluster, small_betons, tmp_path):  #
     ended = cluster.wait(job, LIMIT)
     assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "2:0")
     assert "cannot be resolved" in cluster.logs()
+
+
+@slow
+def test_a_sweep_starts_its_agent(cluster, tmp_path):  # noqa: F811
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "started: $*"\n')
+    python.chmod(0o755)
+    job = cluster.submit(
+        *("--array=1", "slurm/sweep.sh", "entity/project/abc"),
+        environment={"PYTHON": str(python), "RUNS_PER_AGENT": "3"},
+    )
+    assert cluster.wait(f"{job}_1", LIMIT)["ExitCode"] == "0:0", cluster.logs()
+    wanted = "started: -m wandb agent --forward-signals --count 3 entity/project/abc"
+    assert wanted in cluster.logs()
 
 
 @slow
