@@ -83,7 +83,7 @@ class Config:
 
     # How it runs
     precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "auto", "mixed precision; auto is bf16 where the hardware has it, or what the launcher set"
+        "auto", "mixed precision; auto is what the launcher set, else bf16 on GPUs that have it"
     )
     step: Literal["auto", "eager", "native", "compiled", "captured"] = option(
         "auto",

@@ -196,7 +196,9 @@ class TrainingStep:
 
     def __init__(self, config: Config, network: Network, runtime: Runtime, sharding: Sharding):
         self.config, self.runtime, self.sharding = config, runtime, sharding
-        self.mode = resolve_mode(config, runtime.precision, sharding.samples)
+        modes = set(runtime.gather(resolve_mode(config, runtime.precision, sharding.samples)))
+        # a node without a compiler: the processes reduce gradients differently from mode to mode
+        self.mode = modes.pop() if len(modes) == 1 else "eager"
         if self.mode == "eager" and config.step not in ("auto", "eager") and runtime.is_main:
             print("step: eager, because fp16's loss scaling waits for the host in every step")
         device = runtime.device
