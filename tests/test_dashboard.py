@@ -392,6 +392,20 @@ def test_a_loss_that_is_not_finite_alerts(small_betons, tmp_path):
     assert (alert.title, alert.level) == ("Loss is not finite", "ERROR")
 
 
+@pytest.mark.parametrize("machine, found", [("127.0.0.1:9", True), ("elsewhere", False)])
+def test_a_key_in_the_netrc_file_is_found_without_asking(machine, found, tmp_path):
+    (tmp_path / "netrc").write_text(f"machine {machine}\n login user\n password {'0' * 40}\n")
+    code = "import wandb; from mnist_fast.tracking import _has_key; print('found', _has_key(wandb))"
+    done = helpers.launch(
+        *(sys.executable, "-c", code),
+        cwd=helpers.ROOT,
+        timeout=100,
+        environment={"NETRC": tmp_path / "netrc", "WANDB_BASE_URL": "http://127.0.0.1:9"},
+    )
+    assert f"found {found}" in done.stdout, done.stderr
+    assert "deprecated" not in done.stdout + done.stderr
+
+
 def test_an_unreachable_server_costs_a_bounded_time(runtime, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
