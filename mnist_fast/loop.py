@@ -27,7 +27,7 @@ from mnist_fast.data import ResidentFeed, Sharding, StreamFeed, read_all, share
 from mnist_fast.errors import InputError, RunError, Stopped
 from mnist_fast.evaluate import Evaluation, evaluate, inspect
 from mnist_fast.model import build_network, count_parameters, layer_table
-from mnist_fast.runtime import Runtime, device_name, naming_lost_processes
+from mnist_fast.runtime import Runtime, naming_lost_processes
 from mnist_fast.schedule import learning_rate
 from mnist_fast.step import TrainingStep
 from mnist_fast.tracking import Tracker
@@ -261,7 +261,7 @@ class Training:
             "dataset": self.dataset,
             "parameters": count_parameters(self.step.network),
             "world_size": self.runtime.world_size,
-            "device": device_name(self.runtime.device),
+            "device": self.runtime.device_name,
             "precision": self.runtime.precision,
             "feed": self.feed.name,
             "step": self.step.mode,

@@ -85,8 +85,8 @@ class Buffer {
 };
 
 // Dropout's factors, 0 or 1 / (1 - p), for one channel of a group. Random numbers are xorshift32's (Marsaglia 2003) in
-// each lane, from a hash (lowbias32 by Wellons) of key, layer, channel and the image's position in the epoch, so that they
-// depend neither on batches nor on processes; the backward pass draws them again.
+// each lane, from a hash (lowbias32 by Wellons) of key, layer, channel and the image's position in the epoch, so that
+// they depend neither on batches nor on processes; the backward pass draws them again.
 class Dropout {
  public:
   Dropout(float p, uint64_t key, int layer, int channel, uint64_t position)
@@ -179,7 +179,8 @@ inline void correlate(const Vec *const (&in)[STRIP], int in_width, const Vec *ou
     for (int t = 0; t < COUNT; t++) sums[j][t] = sum(local[j][t]);
 }
 
-// Gradient of a layer's weights from one group: in (inputs, padded, padded), out (blocks * BLOCK, out_width, out_width).
+// Gradient of a layer's weights from one group: in (inputs, padded, padded), out (blocks * BLOCK, out_width,
+// out_width).
 void correlate(const Layer &layer, const Vec *in, const Vec *out, int out_width, float *gradient) {
   const int width = layer.padded(), k = layer.kernel, taps = layer.taps();
   for (int first = 0; first < layer.outputs; first += BLOCK, out += BLOCK * out_width * out_width) {
@@ -219,14 +220,15 @@ std::vector<float> pack_flipped(const Layer &layer) {
   return packed;
 }
 
-// What a layer needs in one step. `value` times `factor` plus `offset` is BatchNorm's result; `centre` and `inverse` are
-// mean and 1 / standard deviation of the values; `mean` and `slope` the means of the gradient and of its product with
-// the normalised values.
+// What a layer needs in one step. A value times `factor` plus `offset` is BatchNorm's result; `centre` and `inverse`
+// are mean and 1 / standard deviation of the values; `mean` and `slope` the means of the gradient and of its product
+// with the normalised values.
 struct State {
   std::vector<float> packed, flipped, weight_gradients;  // of each group
   std::vector<double> sums, moments;                     // (group, channel, 2), of the values and of their gradients
   std::vector<float> factor, offset, centre, inverse, mean, slope;
-  Vec *values, *gradients;  // (group, channel, size, size) and, of what the layer gives, (group, channel, pooled, pooled)
+  Vec *values;     // (group, channel, size, size)
+  Vec *gradients;  // of what the layer gives: (group, channel, pooled, pooled)
 };
 
 class Pass {
@@ -272,7 +274,8 @@ class Pass {
 
 thread_local std::vector<Buffer> buffers;  // of the thread that calls
 
-Pass::Pass(const Layer *layers, int count, const float *images, int number, uint64_t key, uint64_t position, bool training)
+Pass::Pass(const Layer *layers, int count, const float *images, int number, uint64_t key, uint64_t position,
+           bool training)
     : losses(number / LANES), hits(number / LANES), layers_(layers), count_(count), groups_(number / LANES),
       images_(images), key_(key), position_(position), training_(training), states_(count) {
   if (buffers.size() < size_t(2 * count)) buffers.resize(2 * count);
@@ -309,11 +312,17 @@ void Pass::run(int threads, int phases) {
     most_in = std::max(most_in, size_t(layer.inputs) * layer.padded() * layer.padded());
     most_out = std::max(most_out, size_t(blocks(layer.outputs)) * BLOCK * width * width);
   }
+  const size_t first = 2 * count_;  // behind the layers' buffers stand two of each thread
+  if (buffers.size() < first + 2 * threads) buffers.resize(first + 2 * threads);
+  std::vector<Vec *> in, out;
+  for (int thread = 0; thread < threads; thread++) {
+    in.push_back(buffers[first + 2 * thread].get(most_in));
+    out.push_back(buffers[first + 2 * thread + 1].get(most_out));
+  }
   auto loop = [&](int thread) {
-    thread_local Buffer in, out;
     for (int now = 0; now < phases; now++) {
       for (int group = groups_ * thread / threads; group < groups_ * (thread + 1) / threads; group++)
-        work(now, group, in.get(most_in), out.get(most_out));
+        work(now, group, in[thread], out[thread]);
       barrier.arrive_and_wait();
     }
   };
@@ -575,9 +584,9 @@ extern "C" {
 int lanes() { return LANES; }
 
 // Forward and backward pass; gradients are written, running statistics moved.
-// images (number, pixels), number a multiple of LANES; labels (number); targets (number, classes): probabilities; weight:
-// factor of the loss; key, position: of dropout, the latter the first image's in the epoch; totals: sum of losses
-// without the factor, and of right predictions.
+// images (number, pixels), number a multiple of LANES; labels (number); targets (number, classes): probabilities;
+// weight: factor of the loss; key, position: of dropout, the latter the first image's in the epoch; totals: sum of
+// losses without the factor, and of right predictions.
 void train(const Layer *layers, int count, const float *images, const int64_t *labels, const float *targets, int number,
            float weight, uint64_t key, uint64_t position, int threads, double *totals) {
   Pass pass(layers, count, images, number, key, position, true);
@@ -597,8 +606,8 @@ void predict(const Layer *layers, int count, const float *images, int number, in
     for (int c = 0; c < classes; c++) logits[image * classes + c] = pass.logit(image, c);
 }
 
-// Nearest resampling of square images (number, size, size) under maps (number, 2, 3) from output to input pixels with the
-// origin in the centre; `fill` stands outside.
+// Nearest resampling of square images (number, size, size) under maps (number, 2, 3) from output to input pixels with
+// the origin in the centre; `fill` stands outside.
 void warp(const float *images, const float *maps, int number, int size, float fill, float *results) {
   const float centre = (size - 1) / 2.0f;
   for (int n = 0; n < number; n++, images += size * size, maps += 6) {

@@ -211,14 +211,15 @@ class NativeNetwork(Network):
     Args:
         network: on the CPU, contiguous, float32; its layers are shared. Their tensors must stay
             where they are.
+        threads: of the native code; the result does not depend on it.
     """
 
-    def __init__(self, network: Network):
+    def __init__(self, network: Network, threads: int = 1):
         super().__init__([*network.layers])
         library = load_library()
         if library is None:
             raise RuntimeError("native code is not available")
-        self._library = library
+        self._library, self._threads = library, threads
         self.lanes: int = library.lanes()
         self._counters = [b for name, b in self.named_buffers() if "num_batches" in name]
         self._gradients: list[Tensor] = []
@@ -264,7 +265,7 @@ class NativeNetwork(Network):
         totals = (ctypes.c_double * 2)()
         self._library.train(
             *(self._layers, len(self._layers), inputs.data_ptr(), labels.data_ptr()),
-            *(targets.data_ptr(), len(inputs), weight, *place, torch.get_num_threads(), totals),
+            *(targets.data_ptr(), len(inputs), weight, *place, self._threads, totals),
         )
         torch._foreach_add_(self._counters, 1)
         return totals[0], totals[1]
@@ -281,6 +282,6 @@ class NativeNetwork(Network):
         logits = torch.empty(len(padded), CLASSES)
         self._library.predict(
             *(self._layers, len(self._layers), padded.data_ptr(), len(padded)),
-            *(torch.get_num_threads(), logits.data_ptr()),
+            *(self._threads, logits.data_ptr()),
         )
         return logits[: len(images)]

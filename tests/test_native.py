@@ -75,15 +75,11 @@ def test_logits_are_torchs_for_any_number_of_images(name, count, batch):
 
 def test_the_number_of_threads_changes_no_bit(batch):
     kept = []
-    threads = torch.get_num_threads()
-    try:
-        for number in (1, 2, 5):
-            torch.set_num_threads(number)
-            network = built("notebook", dropout=0.1)
-            totals = native.NativeNetwork(network).backpropagate(*batch, 1.0, 0.0, (5, 128))
-            kept.append((totals, [p.grad for p in network.parameters()], list(network.buffers())))
-    finally:
-        torch.set_num_threads(threads)
+    for threads in (1, 2, 5):
+        network = built("notebook", dropout=0.1)
+        code = native.NativeNetwork(network, threads)
+        totals = code.backpropagate(*batch, 1.0, 0.0, (5, 128))
+        kept.append((totals, [p.grad for p in network.parameters()], list(network.buffers())))
     for totals, gradients, buffers in kept[1:]:
         assert totals == kept[0][0]
         for ours, first in zip([*gradients, *buffers], [*kept[0][1], *kept[0][2]], strict=True):
