@@ -23,8 +23,8 @@ SlurmctldPort={ports[0]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# the second: a requeued job may start again as soon as the credential of its last start is void
-AuthInfo=socket={folder}/munge.socket,cred_expire=3
+# seconds (120 by default, 5 at least) until a queued job starts again: its credential is void
+AuthInfo=socket={folder}/munge.socket,cred_expire=15
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
