@@ -25,7 +25,7 @@ train: setup ## prepare the data and train, e.g. make train ARGS="--epochs 1 --s
 	$(PYTHON) -m data_prep --dataset auto
 	.venv/bin/accelerate launch train.py --dataset auto $(ARGS)
 
-test: setup ## the quick tests, under 8 minutes on two cores
+test: setup ## the quick tests
 	$(LIMIT) 1230 $(PYTHON) -m pytest -m "not slow" $(ARGS)
 
 test-slow: setup test-needs ## the others: real training to accuracy, SLURM, faults
