@@ -57,6 +57,7 @@ class Case:
         steps: measured in a turn; 0: as many as the other cases.
         unmeasured: steps before them, in each turn.
         seconds: measured, per epoch.
+        threads: torch's.
         cpu_seconds: processor time of this process and its workers, per epoch: what to compare on a
             machine that is shared with others.
     """
@@ -72,6 +73,7 @@ class Case:
     unmeasured: int = 2
     setup_seconds: float = 0.0
     peak_bytes: int | None = None
+    threads: int = 1
     seconds: list[float] = dataclasses.field(default_factory=list)
     cpu_seconds: list[float] = dataclasses.field(default_factory=list)
 
@@ -317,13 +319,15 @@ def set_up(
             maker = lambda setting=setting: our_case(bench, *setting)  # type: ignore[misc] # noqa: E731
             makers.append((" ".join(map(str, setting)), maker))
     makers.insert(5, ("torchvision v2 on batches", lambda: batched_case(bench)))
-    cases, left_out = [], []
+    cases, left_out, threads = [], [], torch.get_num_threads()
     for name, maker in makers:
         if time.monotonic() > deadline:
             left_out.append(name)
             continue
         started = time.perf_counter()
+        torch.set_num_threads(threads)
         case = maker()
+        case.threads = torch.get_num_threads()  # the native step leaves torch one
         case.run(2)
         synchronise(bench.device)
         case.setup_seconds = time.perf_counter() - started
@@ -339,6 +343,7 @@ def measure(bench: Bench, cases: list[Case], options: argparse.Namespace, deadli
             if case.seconds and time.monotonic() > deadline:
                 return
             steps = case.steps or max(2, options.images // case.batch_size)
+            torch.set_num_threads(case.threads)
             case.run(case.unmeasured)
             if bench.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()

@@ -2,8 +2,8 @@
 //
 // A vector holds the same value of LANES images, so that each loop reads like that of one image and every lane works,
 // however few channels there are. Activations are (group of LANES images, channel, row, column, lane). A network is a
-// chain of layers: convolution, ReLU or not, BatchNorm or not, dropout, ReLU or not, pooling or not. Only what a
-// convolution and its ReLU give is kept for the backward pass; what follows is cheap and computed again.
+// chain of layers: convolution, ReLU or not, BatchNorm or not, dropout, ReLU or not, pooling or not. What a
+// convolution takes, and what it and its ReLU give, is kept for the backward pass; the rest is computed again.
 //
 // Sums over images are made group by group, and then over the groups in their order: the number of threads changes
 // no bit of the result.
@@ -45,6 +45,7 @@ struct Layer {
   int size() const { return padded() - kernel + 1; }
   int pooled() const { return size() / window; }
   int taps() const { return inputs * kernel * kernel; }
+  size_t padded_inputs() const { return size_t(inputs) * padded() * padded(); }
   size_t values() const { return size_t(outputs) * size() * size(); }
   size_t results() const { return size_t(outputs) * pooled() * pooled(); }
 };
@@ -136,15 +137,16 @@ inline void strip(const Vec *in, int inputs, int width, const float *weights, Ve
 template <int KERNEL, class Store>
 void convolve(const Vec *in, int inputs, int width, const float *weights, int outputs, Store store) {
   const int size = width - KERNEL + 1, taps = inputs * KERNEL * KERNEL;
-  for (int first = 0; first < outputs; first += BLOCK, weights += taps * BLOCK) {
-    for (int y = 0; y < size; y++) {
-      for (int x = 0; x < size; x += STRIP) {
+  for (int y = 0; y < size; y++) {
+    for (int x = 0; x < size; x += STRIP) {
+      const Vec *corner = in + y * width + x;
+      const int count = std::min(STRIP, size - x);
+      for (int first = 0; first < outputs; first += BLOCK) {  // innermost: what a strip reads stays in the first cache
         Vec sums[BLOCK][STRIP];
-        const Vec *corner = in + y * width + x;
-        const int count = std::min(STRIP, size - x);
-        if (count == 3) strip<KERNEL, 3>(corner, inputs, width, weights, sums);
-        else if (count == 2) strip<KERNEL, 2>(corner, inputs, width, weights, sums);
-        else strip<KERNEL, 1>(corner, inputs, width, weights, sums);
+        const float *block = weights + first * taps;
+        if (count == 3) strip<KERNEL, 3>(corner, inputs, width, block, sums);
+        else if (count == 2) strip<KERNEL, 2>(corner, inputs, width, block, sums);
+        else strip<KERNEL, 1>(corner, inputs, width, block, sums);
         for (int j = 0; j < std::min(BLOCK, outputs - first); j++)
           for (int b = 0; b < count; b++) store(first + j, y * size + x + b, sums[j][b]);
       }
@@ -227,6 +229,7 @@ struct State {
   std::vector<float> packed, flipped, weight_gradients;  // of each group
   std::vector<double> sums, moments;                     // (group, channel, 2), of the values and of their gradients
   std::vector<float> factor, offset, centre, inverse, mean, slope;
+  Vec *inputs;     // with their margins: (group, channel, padded, padded)
   Vec *values;     // (group, channel, size, size)
   Vec *gradients;  // of what the layer gives: (group, channel, pooled, pooled)
 };
@@ -248,10 +251,10 @@ class Pass {
   std::vector<int64_t> hits;
 
  private:
-  void work(int phase, int group, Vec *in, Vec *out);
+  void work(int phase, int group, Vec *out);
   void settle(int phase) noexcept;
-  void forward(int index, int group, Vec *in);
-  void backward(int index, int group, Vec *in, Vec *out);
+  void forward(int index, int group);
+  void backward(int index, int group, Vec *out);
   void compare(int group);
   void prepare_input(int index, int group, Vec *in) const;
   template <int WINDOW>
@@ -278,17 +281,18 @@ Pass::Pass(const Layer *layers, int count, const float *images, int number, uint
            bool training)
     : losses(number / LANES), hits(number / LANES), layers_(layers), count_(count), groups_(number / LANES),
       images_(images), key_(key), position_(position), training_(training), states_(count) {
-  if (buffers.size() < size_t(2 * count)) buffers.resize(2 * count);
+  if (buffers.size() < size_t(3 * count)) buffers.resize(3 * count);
   for (int index = 0; index < count; index++) {
     const Layer &layer = layers[index];
     State &state = states_[index];
     state.packed = pack(layer);
-    state.values = buffers[2 * index].get(groups_ * layer.values());
+    state.inputs = buffers[3 * index].get(groups_ * layer.padded_inputs());
+    state.values = buffers[3 * index + 1].get(groups_ * layer.values());
     state.sums.resize(size_t(groups_) * layer.outputs * 2);
     for (auto *one : {&state.factor, &state.inverse}) one->assign(layer.outputs, 1);
     for (auto *zero : {&state.offset, &state.centre, &state.mean, &state.slope}) zero->assign(layer.outputs, 0);
     if (training) {
-      state.gradients = buffers[2 * index + 1].get(groups_ * layer.results());
+      state.gradients = buffers[3 * index + 2].get(groups_ * layer.results());
       state.flipped = pack_flipped(layer);
       state.moments.resize(size_t(groups_) * layer.outputs * 2);
       state.weight_gradients.resize(size_t(groups_) * layer.outputs * layer.taps());
@@ -305,24 +309,20 @@ void Pass::run(int threads, int phases) {
   int phase = 0;
   auto between = [&]() noexcept { settle(phase++); };
   std::barrier barrier(threads, between);
-  size_t most_in = 0, most_out = 0;
+  size_t most = 0;
   for (int index = 0; index < count_; index++) {
     const Layer &layer = layers_[index];
     const int width = layer.size() + 2 * (layer.kernel - 1 - layer.padding);
-    most_in = std::max(most_in, size_t(layer.inputs) * layer.padded() * layer.padded());
-    most_out = std::max(most_out, size_t(blocks(layer.outputs)) * BLOCK * width * width);
+    most = std::max(most, size_t(blocks(layer.outputs)) * BLOCK * width * width);
   }
-  const size_t first = 2 * count_;  // behind the layers' buffers stand two of each thread
-  if (buffers.size() < first + 2 * threads) buffers.resize(first + 2 * threads);
-  std::vector<Vec *> in, out;
-  for (int thread = 0; thread < threads; thread++) {
-    in.push_back(buffers[first + 2 * thread].get(most_in));
-    out.push_back(buffers[first + 2 * thread + 1].get(most_out));
-  }
+  const size_t first = 3 * count_;  // behind the layers' buffers stands one of each thread
+  if (buffers.size() < first + threads) buffers.resize(first + threads);
+  std::vector<Vec *> out;
+  for (int thread = 0; thread < threads; thread++) out.push_back(buffers[first + thread].get(most));
   auto loop = [&](int thread) {
     for (int now = 0; now < phases; now++) {
       for (int group = groups_ * thread / threads; group < groups_ * (thread + 1) / threads; group++)
-        work(now, group, in[thread], out[thread]);
+        work(now, group, out[thread]);
       barrier.arrive_and_wait();
     }
   };
@@ -331,9 +331,9 @@ void Pass::run(int threads, int phases) {
   loop(0);
 }
 
-void Pass::work(int phase, int group, Vec *in, Vec *out) {
-  if (phase < count_) forward(phase, group, in);
-  else backward(2 * count_ - 1 - phase, group, in, out);
+void Pass::work(int phase, int group, Vec *out) {
+  if (phase < count_) forward(phase, group);
+  else backward(2 * count_ - 1 - phase, group, out);
 }
 
 void Pass::settle(int phase) noexcept {
@@ -341,9 +341,10 @@ void Pass::settle(int phase) noexcept {
   else if (training_ && layers_[phase].normalises) normalise(phase);
 }
 
-void Pass::forward(int index, int group, Vec *in) {
+void Pass::forward(int index, int group) {
   const Layer &layer = layers_[index];
   State &state = states_[index];
+  Vec *in = state.inputs + group * layer.padded_inputs();
   prepare_input(index, group, in);
   Vec *values = state.values + group * layer.values();
   std::vector<Vec> sums(layer.outputs), squares(layer.outputs);
@@ -503,7 +504,7 @@ void Pass::add_moments(int index, int group) {
 }
 
 // From the gradients of what a layer gives to those of its weights and of what the layer before gives.
-void Pass::backward(int index, int group, Vec *in, Vec *out) {
+void Pass::backward(int index, int group, Vec *out) {
   const Layer &layer = layers_[index];
   State &state = states_[index];
   const int margin = layer.kernel - 1 - layer.padding, width = layer.size() + 2 * margin;
@@ -518,8 +519,7 @@ void Pass::backward(int index, int group, Vec *in, Vec *out) {
       inner[(channel * width + y) * width + x] = gradient;
     });
   }
-  prepare_input(index, group, in);
-  correlate(layer, in, inner, width, &state.weight_gradients[size_t(group) * layer.outputs * layer.taps()]);
+  correlate(layer, state.inputs + group * layer.padded_inputs(), inner, width, &state.weight_gradients[size_t(group) * layer.outputs * layer.taps()]);
   if (!index) return;
   Vec *gradients = states_[index - 1].gradients + group * layers_[index - 1].results();
   const int pixels = layer.input_size * layer.input_size;
@@ -610,15 +610,16 @@ void predict(const Layer *layers, int count, const float *images, int number, in
 // the origin in the centre; `fill` stands outside.
 void warp(const float *images, const float *maps, int number, int size, float fill, float *results) {
   const float centre = (size - 1) / 2.0f;
-  for (int n = 0; n < number; n++, images += size * size, maps += 6) {
+  for (int n = 0; n < number; n++, images += size * size, results += size * size, maps += 6) {
     for (int y = 0; y < size; y++) {
       const float dy = y - centre;
       for (int x = 0; x < size; x++) {
         const float dx = x - centre;
         const float column = std::nearbyint(maps[0] * dx + maps[1] * dy + maps[2] + centre);
         const float row = std::nearbyint(maps[3] * dx + maps[4] * dy + maps[5] + centre);
-        const bool inside = column >= 0 && column < size && row >= 0 && row < size;
-        *results++ = inside ? images[int(row) * size + int(column)] : fill;
+        const bool inside = (column >= 0) & (column < size) & (row >= 0) & (row < size);
+        const float pixel = images[inside ? int(row) * size + int(column) : 0];  // read in any case: no branch
+        results[y * size + x] = inside ? pixel : fill;
       }
     }
   }

@@ -222,14 +222,15 @@ class NativeNetwork(Network):
         self._library, self._threads = library, threads
         self.lanes: int = library.lanes()
         self._counters = [b for name, b in self.named_buffers() if "num_batches" in name]
+        self._learned = list(self.parameters())  # to walk through the modules takes 0.1 ms
         self._gradients: list[Tensor] = []
         self._layers = describe(self)
 
     def _hand_over_gradients(self) -> None:
         """Lets the parameters have the gradients that the native code writes."""
         if not self._gradients:
-            self._gradients = [torch.zeros_like(parameter) for parameter in self.parameters()]
-        for parameter, gradient in zip(self.parameters(), self._gradients, strict=True):
+            self._gradients = [torch.zeros_like(parameter) for parameter in self._learned]
+        for parameter, gradient in zip(self._learned, self._gradients, strict=True):
             parameter.grad = gradient
 
     def backpropagate(
