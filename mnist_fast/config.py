@@ -156,7 +156,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "weight_decay": (0, 1),
     "dropout": (0, 0.9),
     "label_smoothing": (0, 0.9),
-    "ema_decay": (0, 1),
+    "ema_decay": (0, 0.999999),
     "rotation": (0, 180),
     "affine_rotation": (0, 180),
     "shear": (0, 80),

@@ -370,6 +370,8 @@ class Training:
                 return checkpoint.load(Path(wanted))
             except checkpoint.CorruptCheckpointError as error:
                 raise InputError(f"--resume: {error}") from error
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: not a folder: move it away, or choose another --run_dir")
         if wanted == "never":
             if checkpoint.newest_first(folder):
                 raise InputError(f"{self.folder} holds a run: choose another --run_dir or --resume")

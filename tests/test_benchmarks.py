@@ -10,7 +10,10 @@ import torch
 
 from mnist_fast.model import build_network
 
-SCRIPTS = ("throughput", "notebook_baseline", "time_to_accuracy", "two_processes", "tracking_cost")
+SCRIPTS = (
+    *("throughput", "notebook_baseline", "time_to_accuracy"),
+    *("two_processes", "tracking_cost", "startup"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +115,17 @@ def test_time_to_accuracy(small_betons, tmp_path):
     assert len(row["accuracies"]) == 2  # that seeds differ: test_seeds_start_over
     assert set(record["reached"]) == {"5.0"}
     assert "99.99 %: not reached" in done.stdout
+
+
+@pytest.mark.slow
+def test_startup(small_betons, tmp_path):
+    options = ("--epochs", 1, "--dataset", "digits", "--data_dir", small_betons)
+    done = bench("startup", "--rounds", 1, "--out", tmp_path, *options, timeout=200)
+    record = json.loads((tmp_path / "startup.json").read_text())
+    (run,) = record["runs"]
+    assert 0 < run["launcher_seconds"] < run["first_step_seconds"] < run["whole_seconds"]
+    assert run == record["medians"]
+    assert f"{run['first_step_seconds']:.1f} s (median of 1)" in done.stdout
 
 
 def test_seeds_start_over(small_betons, runtime):

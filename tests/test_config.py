@@ -215,6 +215,10 @@ def test_ranges_hold_in_files_too(write):
     assert "seed is" in refusal("--config", write("seed: 99999999999999999999"))
 
 
+def test_averages_that_would_never_move_are_refused():
+    assert "ema_decay is 1.0" in refusal("--ema_decay", "1")
+
+
 def test_choices_that_exclude_each_other_are_refused():
     assert "scale_min 1.2 is larger" in refusal("--scale_min", "1.2")
     assert "momentum" in refusal("--nesterov", "true", "--momentum", "0")

@@ -329,6 +329,13 @@ def test_choices_that_do_not_fit_are_refused(small_betons, tmp_path, options, na
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_a_file_in_the_checkpoints_place_is_refused(small_betons, tmp_path):
+    (tmp_path / "checkpoints").write_text("mine")
+    with pytest.raises(InputError, match="checkpoints: not a folder: move it away"):
+        run(small_betons, tmp_path)
+    assert (tmp_path / "checkpoints").read_text() == "mine"
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(small_betons, tmp_path):
     options = ("--learning_rate", 1000, "--schedule", "constant", "--epochs", 5)
     with pytest.raises(RunError, match=r"the loss is (nan|inf) in epoch \d: lower --learning_rate"):
