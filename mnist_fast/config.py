@@ -48,12 +48,14 @@ class Config:
     step_epochs: int = option(6, "epochs between two decays of the step schedule")
     step_gamma: float = option(0.1, "factor of each decay of the step schedule")
     warmup_fraction: float = option(0.3, "fraction of all steps in which onecycle rises")
-    optimizer: Literal["sgd", "adamw"] = option("sgd", "rule by which gradients move the weights")
-    momentum: float = option(0.9, "momentum of SGD, beta 1 of AdamW")
+    optimizer: Literal["sgd", "adamw", "muon"] = option(
+        "sgd", "rule by which gradients move the weights; muon: SGD with orthogonal updates"
+    )
+    momentum: float = option(0.9, "momentum of SGD and Muon, beta 1 of AdamW")
     beta2: float = option(0.99, "beta 2 of AdamW, the decay of the mean squared gradient")
-    nesterov: bool = option(False, "Nesterov momentum of SGD")
+    nesterov: bool = option(False, "Nesterov momentum of SGD and Muon")
     weight_decay: float = option(
-        0.0, "on every parameter: L2 penalty of SGD, decoupled decay of AdamW"
+        0.0, "on every parameter: L2 penalty of SGD, decoupled decay of AdamW and Muon"
     )
     dropout: float = option(0.03, "probability that dropout zeroes an activation")
     label_smoothing: float = option(0.0, "probability mass spread evenly over the classes")
@@ -134,8 +136,8 @@ class Config:
             )
         if self.nesterov and self.momentum == 0:
             raise InputError("nesterov needs a momentum above 0")
-        if self.nesterov and self.optimizer != "sgd":
-            raise InputError(f"nesterov is of SGD: set it to false for {self.optimizer}")
+        if self.nesterov and self.optimizer == "adamw":
+            raise InputError("nesterov is of SGD and Muon: set it to false for adamw")
 
     def as_dict(self) -> dict[str, Any]:
         """The choices as plain values, in order."""

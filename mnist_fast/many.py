@@ -114,7 +114,7 @@ class SideBySide:
         network = WideNetwork([self._build(seed) for seed in self.seeds])
         self.network = network.to(device).to(memory_format=torch.channels_last)
         self.averaged = copy.deepcopy(self.network).eval() if config.ema_decay else None
-        self.optimizer = build_optimizer(config, self.network)
+        self.optimizer = build_optimizer(config, self.network, len(self.seeds))
         self._rate = torch.zeros((), device=device)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate

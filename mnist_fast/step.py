@@ -1,4 +1,4 @@
-"""One training step: augment, forward, loss, backward, gradient reduction, SGD or AdamW.
+"""One training step: augment, forward, loss, backward, gradient reduction, SGD, Muon or AdamW.
 
 It runs in one of four modes that compute the same training:
 
@@ -24,6 +24,7 @@ from mnist_fast.config import Config
 from mnist_fast.data import Batch, Sharding
 from mnist_fast.errors import InputError
 from mnist_fast.model import Network
+from mnist_fast.muon import Muon
 from mnist_fast.runtime import Runtime
 
 # Fewer images than this over the run, and compiling costs more than it gives
@@ -46,8 +47,23 @@ def sum_of_losses(log_probabilities: Tensor, labels: Tensor, smoothing: float) -
     return -likelihood
 
 
-def build_optimizer(config: Config, network: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW over all parameters, in one fused kernel."""
+def build_optimizer(config: Config, network: nn.Module, networks: int = 1) -> torch.optim.Optimizer:
+    """The optimiser of all parameters.
+
+    Args:
+        config: rule and its numbers.
+        network: what is trained.
+        networks: that its weights hold, one behind the other.
+    """
+    if config.optimizer == "muon":
+        return Muon(
+            network.parameters(),
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+            networks=networks,
+        )
     if config.optimizer == "adamw":
         return torch.optim.AdamW(
             network.parameters(),
@@ -72,7 +88,7 @@ def first_state(config: Config, parameter: Tensor) -> dict[str, Tensor]:
         step = torch.zeros((), device=parameter.device)
         moments = [torch.zeros_like(parameter, requires_grad=False) for _ in range(2)]
         return {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
-    if config.momentum:
+    if config.momentum or config.optimizer == "muon":
         return {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)}
     return {}
 

@@ -217,7 +217,11 @@ def test_adamw_is_the_one_of_the_text_book(runtime):
 
 
 @pytest.mark.parametrize(
-    "choices", [{"ema_decay": 0.9}, {"momentum": 0.0}, {"nesterov": True}, {"optimizer": "adamw"}]
+    "choices",
+    [
+        *({"ema_decay": 0.9}, {"momentum": 0.0}, {"nesterov": True}),
+        *({"optimizer": "adamw"}, {"optimizer": "muon"}),
+    ],
 )
 def test_the_state_is_all_that_a_step_needs(runtime, feed, choices):
     config = dataclasses.replace(AUGMENTED, **choices)

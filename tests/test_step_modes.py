@@ -92,6 +92,7 @@ def train(config, runtime, feed, epochs=3):
         {},
         {"momentum": 0.0, "nesterov": False, "ema_decay": 0.0},
         {"optimizer": "adamw", "nesterov": False},
+        {"optimizer": "muon", "weight_decay": 0.01},
     ],
 )
 def test_captured_trains_as_eager_does_to_the_last_bit(rerun, runtime, pool, feed_type, choices):
