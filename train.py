@@ -23,6 +23,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     signals.install()  # before the slow imports: a request to stop may come at any time
+    signals.follow_launcher()
     status = run_main(main, "train.py")
     signals.ignore()  # the exit status is settled
     sys.exit(status)

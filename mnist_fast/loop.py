@@ -54,12 +54,13 @@ class Training:
         self.runtime = Runtime(config)
         self.manifest, self.betons = open_betons(config, self.runtime)
         self.dataset: str = self.manifest.dataset
-        self.folder = self.runtime.on_main(lambda: choose_folder(config, self.dataset))
         self.feed, self.evaluation_set = self._open_data()
         self.runtime.seed(config.seed)
         network = build_network(config.network, config.dropout)
         self.runtime.seed_process(config.seed)
         self.step = TrainingStep(config, network, self.runtime, self.feed.sharding)
+        # behind all that may be refused: it leaves an empty folder otherwise
+        self.folder = self.runtime.on_main(lambda: choose_folder(config, self.dataset))
         self.position = Position()
         self.tracker = Tracker(config, self.runtime, self.folder)
         self.startup_seconds = 0.0
@@ -369,7 +370,7 @@ class Training:
             try:
                 return checkpoint.load(Path(wanted))
             except checkpoint.CorruptCheckpointError as error:
-                raise InputError(f"--resume: {error}") from error
+                raise InputError(f"--resume: {error}: name a checkpoint's folder") from error
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: not a folder: move it away, or choose another --run_dir")
         if wanted == "never":

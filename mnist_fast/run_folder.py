@@ -73,6 +73,8 @@ def unlock(folder: Path) -> None:
 def reporting(folder: Path, active: bool) -> Iterator[None]:
     """Keeps `status.json` while a run goes on in a locked folder, and unlocks it at the end.
 
+    Choices that are refused leave it as an earlier run left it.
+
     Args:
         folder: the run's.
         active: false on all processes but the main one: there it only names faults of the disk.
@@ -81,13 +83,19 @@ def reporting(folder: Path, active: bool) -> Iterator[None]:
         RunError: a file could not be written.
     """
     status, message = "failed", ""
+    before = kept = None  # what the file held, and what of that is put back
     try:
         if active:
+            with contextlib.suppress(OSError):
+                before = (folder / STATUS).read_bytes()
             write_status(folder, "running")
         yield
         status = "finished"
     except Stopped as stopped:
         status, message = "stopped", str(stopped)
+        raise
+    except InputError as error:
+        message, kept = str(error), before
         raise
     except OSError as error:
         message = f"{error.filename or folder}: {error.strerror or error}"
@@ -97,7 +105,10 @@ def reporting(folder: Path, active: bool) -> Iterator[None]:
         raise
     finally:
         if active:
-            write_status(folder, status, message)
+            if kept is None:
+                write_status(folder, status, message)
+            else:
+                _replace_status(folder, kept)
             unlock(folder)
 
 
@@ -119,7 +130,11 @@ def write_status(folder: Path, status: str, message: str = "") -> None:
         "job": job and f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}",
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+    _replace_status(folder, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _replace_status(folder: Path, content: bytes) -> None:
     temporary = folder / f".{STATUS}"
     with contextlib.suppress(OSError):
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(folder / STATUS)

@@ -1,15 +1,20 @@
-"""Requests to stop (SIGTERM, SIGUSR1): noted at once, obeyed between two training steps.
+"""Requests to stop (SIGTERM, SIGUSR1, Ctrl-C): noted at once, obeyed between two training steps.
 
 As long as nothing is trained there is nothing to save, and a request ends the process where it is.
 """
 
 import contextlib
+import ctypes
+import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 from mnist_fast.errors import Stopped
 
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+PR_SET_PDEATHSIG = 1  # prctl(2)
 _requested: list[str] = []
 _leave_at_once = [False]
 
@@ -22,9 +27,25 @@ def _note(number: int, _frame: FrameType | None) -> None:
 
 
 def install() -> None:
-    """Notes SIGTERM and SIGUSR1 from now on instead of dying of them; cheap, call it first."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """Notes requests from now on instead of dying of them; cheap, call it first."""
+    for number in REQUESTS:
         signal.signal(number, _note)
+
+
+def follow_launcher() -> None:
+    """Lets the end of `accelerate launch` be a request: it hands no signal on to a single process.
+
+    Only on Linux, and only where the parent is that program: a shell may end before its children.
+    """
+    parent = os.getppid()
+    try:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:
+        return
+    if b"accelerate" in command:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+        if os.getppid() != parent:  # it has ended in between
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def requested() -> str | None:
@@ -51,7 +72,7 @@ def leaving_at_once() -> Iterator[None]:
 
 def ignore() -> None:
     """Ignores them from now on: Python's own end would otherwise be open to them again."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)
 
 

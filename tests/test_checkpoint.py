@@ -453,6 +453,19 @@ def test_the_status_says_how_a_run_ended(tmp_path, monkeypatch, error, status, r
     assert (read()["status"], read()["job"]) == (status, "17.0")
 
 
+def test_choices_that_are_refused_leave_the_status_of_an_earlier_run(tmp_path):
+    def refuse():
+        with pytest.raises(InputError), run_folder.reporting(tmp_path, active=True):
+            raise InputError("other epochs")
+
+    refuse()
+    assert json.loads((tmp_path / "status.json").read_text())["status"] == "failed"
+    run_folder.write_status(tmp_path, "finished")
+    before = (tmp_path / "status.json").read_bytes()
+    refuse()
+    assert (tmp_path / "status.json").read_bytes() == before
+
+
 # Resuming
 
 

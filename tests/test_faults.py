@@ -109,7 +109,9 @@ def slow_save():
     module._write_files = write_slowly
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name
+)
 @pytest.mark.parametrize(
     "moment, tamper, times",
     [("epoch  2/", None, 1), ("epoch  1/", None, 2), ("saving", slow_save, 2)],

@@ -1,5 +1,6 @@
 """Real launches, as users type them: several processes, exit statuses, messages, what is left."""
 
+import json
 import os
 import re
 import signal
@@ -250,3 +251,25 @@ def test_a_stopped_run_goes_on_where_it_was(small_betons, tmp_path, monkeypatch)
     )
     for name, tensor in through.items():
         assert torch.equal(stopped[name], tensor), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+def test_a_run_does_not_outlive_accelerate_launch(small_betons, tmp_path, number):
+    """Which ends at once and hands no signal on: the run then stops as if it had got it."""
+    run = tmp_path / "run"
+    choices = [*helpers.QUICK, "--epochs", "1000", "--data_dir", small_betons, "--run_dir", run]
+    launcher = helpers.start(
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"),
+        *(helpers.TRAIN, *choices),
+        cwd=tmp_path,
+    )
+    try:
+        limit = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() and time.monotonic() < limit:
+            time.sleep(0.02)
+        launcher.send_signal(number)
+        _, stderr = launcher.communicate(timeout=60)  # until nobody holds the pipe any more
+    finally:
+        helpers.end(launcher)
+    assert "stopped on request at step" in stderr
+    assert json.loads((run / "status.json").read_text())["status"] == "stopped"
