@@ -7,15 +7,18 @@ Every trial holds out the last 5,000 training images and is judged by their accu
 epoch, averaged over its seeds; the test images are never opened. The first trial is the recipe as
 it stands. Trials that are worse than the median of earlier ones at the same epoch are given up
 (--pruner). The study lies in a file: the same command goes on where it was stopped, and several
-of them share the work. Other options are handed on to train.py and hold for every trial.
+of them share the work. A trial that fails is told and left out; three in a row end the search, as
+does bad input before any trial has succeeded. Other options are handed on to train.py and hold
+for every trial.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +28,26 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import optuna  # noqa: E402
+from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
 from benchmarks.seeds import (  # noqa: E402
     Experiment,
     Job,
+    check,
     count_gpus,
     cpu_slots,
+    make_folder,
     open_experiment,
     read_curve,
     train_seeds,
 )
 from mnist_fast import signals  # noqa: E402
-from mnist_fast.config import Config, load  # noqa: E402
-from mnist_fast.errors import InputError, RunError, Stopped, run_main  # noqa: E402
+from mnist_fast.config import Config  # noqa: E402
+from mnist_fast.errors import InputError, Parser, RunError, Stopped, run_main  # noqa: E402
 
 VALIDATION = 5_000  # images held out in every trial
 KEY = "validation_accuracy"
+FAILURES = 3  # failed trials in a row that end a search
 
 Space = dict[str, optuna.distributions.BaseDistribution]
 
@@ -55,6 +62,7 @@ def build_space(name: str) -> Space:
         "batch_size": one_of([32, 64, 128, 256, 512]),
         "learning_rate": number(0.02, 0.5, log=True),
         "warmup_fraction": number(0.05, 0.5),
+        "optimizer": one_of(["sgd", "muon"]),  # AdamW needs other rates, and no nesterov
         "momentum": number(0.8, 0.98),
         "nesterov": one_of([True, False]),
         "weight_decay": number(1e-6, 2e-3, log=True),
@@ -82,12 +90,18 @@ def to_options(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_config(config: Config, space: Space) -> dict[str, Any]:
-    """The recipe's own values as a trial, moved to the nearest end where out of range."""
+    """The recipe's own values as a trial, moved to the nearest end where out of range.
+
+    A choice that is not among those searched is left to the sampler.
+    """
     own = config.as_dict() | {"scale": config.scale_max - 1, "jitter": config.brightness}
     values = {}
     for name, distribution in space.items():
         value = own[name]
-        if not isinstance(distribution, optuna.distributions.CategoricalDistribution):
+        if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+            if value not in distribution.choices:
+                continue
+        else:
             value = min(max(value, distribution.low), distribution.high)  # type: ignore[attr-defined]
         values[name] = value
     return values
@@ -121,7 +135,7 @@ class Search:
         self.choices, self.rest = choices, list(rest)
         if choices.epochs is not None:
             self.rest += ["--epochs", str(choices.epochs)]
-        self.base = load(["--recipe", choices.space, *self.rest])
+        self.base = self.experiment({}).config  # bad options are refused here
         given = {word.split("=")[0].removeprefix("--") for word in self.rest}
         space = build_space(choices.space)
         pairs = {"scale": "scale_max", "jitter": "brightness"}
@@ -130,6 +144,7 @@ class Search:
         wanted = choices.side_by_side
         self.side_by_side = wanted == "true" or (wanted == "auto" and count_gpus() == 1)
         self.deadline = time.monotonic() + choices.time_limit
+        self.failures: list[InputError | RunError] = []  # of the last trials, in a row
 
     def experiment(self, values: dict[str, Any]) -> Experiment:
         """A trial's runs; their summaries can hold no test accuracy."""
@@ -140,21 +155,54 @@ class Search:
     def objective(self, trial: optuna.Trial) -> float:
         """Mean validation accuracy of the last epoch over the trial's seeds, in percent."""
         values = {name: suggest(trial, name, d) for name, d in self.space.items()}
-        experiment = self.experiment(values)
         left = max(0.0, self.deadline - time.monotonic())
         choices = argparse.Namespace(**(vars(self.choices) | {"time_limit": left}))
-        watch = self.watcher(trial, experiment)
         try:
+            experiment = self.experiment(values)
+            watch = self.watcher(trial, experiment)
             train_seeds(experiment, self.seeds, self.side_by_side, choices, watch)
-        except (Stopped, KeyboardInterrupt):  # taken up again first when the search goes on
+            summaries = [experiment.summary(seed) or {} for seed in self.seeds]
+        except (Stopped, KeyboardInterrupt) as request:  # taken up again first another time
             trial.study.tell(trial, state=optuna.trial.TrialState.FAIL)
             trial.study.enqueue_trial(trial.params)
+            raise Stopped(str(request) or "interrupted; the same command goes on") from None
+        except (InputError, RunError) as error:
+            self.failures.append(error)
             raise
-        summaries = [experiment.summary(seed) or {} for seed in self.seeds]
         accuracies = [float(summary[KEY]) for summary in summaries]
         trial.set_user_attr("accuracies", accuracies)
         trial.set_user_attr("losses", [float(s["validation_loss"]) for s in summaries])
         return statistics.fmean(accuracies)
+
+    def after(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        """Tells how a trial ended, and ends the search when it has its trials, or none can come.
+
+        Raises:
+            InputError, RunError: that of the last trial, when no other would do better.
+            Stopped: the time is over.
+        """
+        if trial.state != optuna.trial.TrialState.FAIL:
+            self.failures.clear()
+        value = "" if trial.value is None else f"{trial.value:.3f} %"
+        reason = str(self.failures[-1]) if self.failures else value
+        print(f"trial {trial.number}: {trial.state.name.lower()} {reason}", flush=True)
+        if self.failures:
+            self.give_up(study)
+        if len(done(study)) >= self.choices.trials:
+            study.stop()
+        elif time.monotonic() > self.deadline:
+            raise Stopped("stopped by time limit; the same command goes on")
+
+    def give_up(self, study: optuna.Study) -> None:
+        """Raises the last trial's error where other trials would fail, too."""
+        last, none_yet = self.failures[-1], not done(study)
+        if len(self.failures) < FAILURES and not (none_yet and isinstance(last, InputError)):
+            return
+        if none_yet:  # the recipe's own values come first another time, too
+            study.enqueue_trial(from_config(self.base, self.space))
+        count = len(self.failures)
+        before = f"{count} trials in a row failed, the last so: " if count > 1 else ""
+        raise type(last)(f"{before}{last}") from last
 
     def watcher(self, trial: optuna.Trial, experiment: Experiment) -> Callable[[Job], None]:
         """Reports each epoch's mean over the seeds that start together; gives up bad trials."""
@@ -176,9 +224,21 @@ class Search:
         return watch
 
 
+@contextlib.contextmanager
+def study_file(path: Path) -> Iterator[None]:
+    """Within it, a fault of the study's file is one `InputError` that names it."""
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.OptunaError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, SQLAlchemyError) else error
+        reason = str(getattr(cause, "orig", cause)).split("\n")[0]
+        advice = "move it away, or choose another --study or --runs"
+        raise InputError(f"{path}: cannot be used as a study ({reason}): {advice}") from error
+
+
 def open_study(choices: argparse.Namespace, first: dict[str, Any], epochs: int) -> optuna.Study:
     """The study in its file, begun with the recipe's own values."""
-    choices.runs.mkdir(parents=True, exist_ok=True)
+    make_folder(choices.runs / choices.study, "--study")
     storage = optuna.storages.RDBStorage(
         f"sqlite:///{choices.runs / choices.study}.db",
         engine_kwargs={"connect_args": {"timeout": 60}},  # seconds, for several searches in one
@@ -210,7 +270,6 @@ def report(study: optuna.Study, search: Search) -> None:
     """Prints the best trials; writes all of them, and the best one as a configuration file."""
     complete = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,))
     if not complete:
-        print("no trial is complete yet")
         return
     best = sorted(complete, key=lambda trial: -(trial.value or 0.0))
     print(f"{len(done(study))} trials, {len(complete)} of them complete; {KEY}, %:")
@@ -226,9 +285,8 @@ def report(study: optuna.Study, search: Search) -> None:
         for t in done(study)
     ]
     name = search.choices.results / f"search-{search.choices.study}"
-    name.parent.mkdir(parents=True, exist_ok=True)
     content = {"space": search.choices.space, "options": search.rest, "trials": rows}
-    name.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    name.with_name(f"{name.name}.json").write_text(json.dumps(content, indent=1) + "\n")
     chosen = {"recipe": search.choices.space} | to_options(best[0].params)
     path = name.with_name(f"{name.name}-best.yaml")
     path.write_text(yaml.safe_dump(chosen, sort_keys=False))
@@ -240,9 +298,9 @@ def shorten(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The options of this program; others are train.py's."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmarks/search.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -272,24 +330,18 @@ def main() -> int:
     choices, rest = build_parser().parse_known_args()
     choices.study = choices.study or choices.space
     choices.runs = choices.runs.resolve()
-    if choices.trials < 1 or choices.seeds_per_trial < 1:
-        raise InputError("--trials and --seeds_per_trial must be at least 1")
+    check(choices)
     search = Search(choices, rest)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = open_study(choices, from_config(search.base, search.space), search.base.epochs)
-
-    def tell(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        value = "" if trial.value is None else f"{trial.value:.3f} %"
-        print(f"trial {trial.number}: {trial.state.name.lower()} {value}", flush=True)
-        if len(done(study)) >= choices.trials:
-            study.stop()
-
-    try:
-        if len(done(study)) < choices.trials:
-            # a trial that fails (a loss that is not finite, say) is noted, and the search goes on
-            study.optimize(search.objective, callbacks=[tell], catch=(RunError, InputError))
-    finally:
-        report(study, search)
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # `after` tells what is of interest
+    with study_file(choices.runs / f"{choices.study}.db"):
+        study = open_study(choices, from_config(search.base, search.space), search.base.epochs)
+        try:
+            if len(done(study)) < choices.trials:
+                # a trial that fails (a loss that is not finite, say) is noted; `after` judges
+                errors = (RunError, InputError)
+                study.optimize(search.objective, callbacks=[search.after], catch=errors)
+        finally:
+            report(study, search)
     return 0
 
 

@@ -13,9 +13,11 @@ a figure beside it.
 import argparse
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from mnist_fast import signals  # noqa: E402
 from mnist_fast.config import Config, load  # noqa: E402
-from mnist_fast.errors import InputError, RunError, Stopped, run_main  # noqa: E402
+from mnist_fast.errors import InputError, Parser, RunError, Stopped, run_main  # noqa: E402
 
 GRACE = 60.0  # seconds that a run has for its checkpoint when it is asked to stop
 # choices that do not change what is learned, beside W&B's
@@ -51,7 +53,7 @@ class Job:
 
     def start(self) -> None:
         """Starts the program in its own process group, its output in the log."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.log.parent, "--runs")
         environment = os.environ | self.environment
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -69,7 +71,11 @@ class Job:
         return time.monotonic() - self.started
 
     def failure(self) -> str | None:
-        """None while it runs and after success, otherwise the end of its log."""
+        """None while it runs and after success, otherwise the end of its log.
+
+        Raises:
+            InputError: it refused its input.
+        """
         assert self.process is not None
         if self.seconds() > self.timeout and self.process.poll() is None:
             self.stop()
@@ -77,6 +83,9 @@ class Job:
         if not self.process.poll():
             return None
         lines = self.log.read_text(errors="replace").splitlines()[-5:]
+        if self.process.returncode == 2:  # bad input: its one line says what is wrong
+            told = [line.split(": error: ", 1)[1] for line in lines if ": error: " in line]
+            raise InputError(f"seeds {self.seeds}: {(told or lines or ['see its log'])[-1]}")
         return f"seeds {self.seeds}: exit status {self.process.returncode}: {' / '.join(lines)}"
 
     def stop(self) -> None:
@@ -109,6 +118,7 @@ def run_jobs(
         What failed, one line per job.
 
     Raises:
+        InputError: a job refused its input, as the others would; they are stopped.
         Stopped: the deadline passed, or this process was asked to stop.
     """
     waiting, failures = list(jobs), []
@@ -176,7 +186,11 @@ class Experiment:
     def summary(self, seed: int) -> dict[str, Any] | None:
         """The summary of a finished seed, otherwise None."""
         path = self.run_dir(seed) / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except ValueError as error:
+            fault = f"{path}: damaged: remove it, and the same command ends that run again"
+            raise InputError(fault) from error
 
     def single(self, seed: int, timeout: float) -> Job:
         """The job that trains one seed."""
@@ -237,6 +251,7 @@ def train_seeds(
         watch: see `run_jobs`; by default finished seeds are told.
 
     Raises:
+        InputError: one refused its input.
         RunError: some failed.
         Stopped: there was no time for all of them.
     """
@@ -469,9 +484,45 @@ def compare(seeds: Sequence[int], options: Sequence[str], choices: argparse.Name
     return 0
 
 
-def build_parser() -> argparse.ArgumentParser:
+def make_folder(folder: Path, option: str) -> None:
+    """Makes a folder to write into, unless it is there.
+
+    Raises:
+        InputError: it cannot be made or written; the option that chose it is named.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}: choose another {option}") from error
+
+
+def check(choices: argparse.Namespace) -> None:
+    """Refuses, before anything is trained, what no run could go by; makes the folders.
+
+    Args:
+        choices: what this program or search.py was given, of which they have not all.
+    """
+    given = {name: value for name, value in vars(choices).items() if value is not None}
+    for name in ("seeds", "trials", "seeds_per_trial", "group", "parallel"):
+        if given.get(name, 1) < 1:
+            raise InputError(f"--{name} is {given[name]}: it must be at least 1")
+    if choices.first < 0:
+        raise InputError(f"--first is {choices.first}: it must be at least 0")
+    for name in ("seed_timeout", "time_limit"):
+        if not given[name] > 0:
+            raise InputError(f"--{name} is {given[name]}: it must be above 0 seconds")
+    for name in ("name", "study"):  # part of a file's name
+        if not re.fullmatch(r"\w[\w.-]*", given.get(name, "x")):
+            raise InputError(f"--{name} {given[name]}: give letters, digits, '_', '.', '-' alone")
+    make_folder(choices.runs, "--runs")
+    make_folder(choices.results, "--results")
+
+
+def build_parser() -> Parser:
     """The options of this program; others are train.py's."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="benchmarks/seeds.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -505,8 +556,7 @@ def main() -> int:
         work(Path(sys.argv[2]), [int(seed) for seed in sys.argv[3:split]], sys.argv[split + 1 :])
         return 0
     choices, rest = build_parser().parse_known_args()
-    if choices.seeds < 1 or choices.first < 0 or choices.group < 1:
-        raise InputError("--seeds and --group must be at least 1, --first at least 0")
+    check(choices)
     options = ["--recipe", choices.recipe, *rest]
     seeds = list(range(choices.first, choices.first + choices.seeds))
     if choices.compare_side_by_side:

@@ -12,7 +12,7 @@ from idx_files import TEST_LABELS, idx_labels, make_samples, write_idx_files
 from benchmarks import search, seeds
 from mnist_fast import data
 from mnist_fast.config import Config, load
-from mnist_fast.errors import InputError, Stopped
+from mnist_fast.errors import InputError, RunError, Stopped
 from mnist_fast.evaluate import evaluate
 from mnist_fast.loop import Training
 from mnist_fast.many import train_many
@@ -185,6 +185,101 @@ def test_a_stopped_trial_is_taken_up_again(run_search, monkeypatch, tmp_path):
     assert [experiment.folder for experiment in again] == [stopped[0].folder]
 
 
+def fail_with(monkeypatch, errors):
+    """Lets training fail with one error after the other, and keeps what was tried."""
+    tried, train = [], search.train_seeds
+
+    def stand_in(experiment, *rest):
+        tried.append(experiment.folder)
+        if len(tried) <= len(errors) and errors[len(tried) - 1] is not None:
+            raise errors[len(tried) - 1]
+        train(experiment, *rest)
+
+    monkeypatch.setattr(search, "train_seeds", stand_in)
+    return tried
+
+
+def test_bad_input_ends_the_search_at_once(run_search, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        tried = fail_with(patch, [InputError("no data there")] * 9)
+        with pytest.raises(InputError, match=r"^no data there$"):
+            run_search("--trials", "2")
+    assert len(tried) == 1
+    assert "Traceback" not in capfd.readouterr().err
+    again = run_search("--trials", "1")  # the recipe as it stands is not lost
+    assert [experiment.folder for experiment in again] == tried
+
+
+def test_three_failures_in_a_row_end_the_search(run_search, monkeypatch, capfd):
+    fault = RunError("the loss is not finite")
+    tried = fail_with(monkeypatch, [fault, InputError("batch_size"), None, *[fault] * 9])
+    # while none has succeeded, bad input is taken for that of all trials
+    with pytest.raises(InputError, match=r"^2 trials in a row failed, the last so: batch_size"):
+        run_search("--trials", "4", "--pruner", "none")
+    with pytest.raises(RunError, match=r"^3 trials in a row failed, the last so: the loss"):
+        run_search("--trials", "4", "--pruner", "none")
+    assert len(tried) == 6
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_failures_between_successes_are_left_out(run_search, monkeypatch):
+    fault, refused = RunError("the loss is not finite"), InputError("batch_size")
+    tried = fail_with(monkeypatch, [fault, fault, None, refused, refused, None])
+    run_search("--trials", "3", "--pruner", "none")
+    assert len(tried) == 7
+
+
+def test_the_time_limit_is_for_the_whole_search(run_search, monkeypatch):
+    tried = fail_with(monkeypatch, [])
+    with pytest.raises(Stopped, match="the same command goes on"):
+        run_search("--trials", "3", "--time_limit", "0.001")
+    assert len(tried) == 1
+
+
+def test_an_interrupted_trial_is_taken_up_again(run_search, monkeypatch):
+    tried = fail_with(monkeypatch, [KeyboardInterrupt()])
+    with pytest.raises(Stopped, match="interrupted"):
+        run_search("--trials", "1")
+    run_search("--trials", "1")
+    assert tried[0] == tried[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--runs", "FILE"), "FILE: File exists: choose another --runs"),
+        (("--results", "FILE"), "FILE: File exists: choose another --results"),
+        (("--study", "a/b"), "--study a/b: "),
+        (("--study", "damaged"), "damaged.db: cannot be used as a study (file is not a database)"),
+        (("--study", "half"), "half.db: cannot be used as a study ("),
+        (("--trials", "abc"), "--trials: invalid int value: 'abc'"),
+        (("--seeds_per_trial", "0"), "--seeds_per_trial is 0: "),
+        (("--seed", "1"), "--seed is chosen here"),
+    ],
+)
+def test_mistakes_are_one_line(options, message, run_search, tmp_path, monkeypatch, capfd):
+    if options[1] == "half":
+        run_search("--trials", "1", "--study", "half")
+        file = tmp_path / "runs" / "half.db"
+        content = file.read_bytes()
+        file.write_bytes(content[:5000] + b"?" * (len(content) - 5000))
+    (tmp_path / "runs").mkdir(exist_ok=True)
+    (tmp_path / "runs" / "damaged.db").write_bytes(b"?" * 5000)
+    (tmp_path / "FILE").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as refused:
+        run_search("--trials", "1", *options)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_recipes_choice_that_is_not_searched_is_left_out():
+    config = load(["--batch_size", "100"])
+    space = search.build_space("fast")
+    assert space.keys() - search.from_config(config, space).keys() == {"batch_size"}
+
+
 def test_the_split_cannot_be_chosen(run_search):
     with pytest.raises(InputError, match="5000 in every search"):
         run_search("--trials", "1", "--validation_split", "0")
@@ -199,5 +294,6 @@ def test_all_of_a_space_can_be_trained(name, tmp_path):
         options = search.words(search.to_options(values))
         config = seeds.open_experiment(["--recipe", name, *options], tmp_path).config
         assert config.weight_decay == values["weight_decay"]
+        assert config.optimizer == values["optimizer"]
     own = search.from_config(load(["--recipe", name]), space)
     assert own.keys() == space.keys()

@@ -69,6 +69,50 @@ def test_a_failure_is_told_and_the_others_go_on(tmp_path):
     assert (tmp_path / "done").exists()
 
 
+def test_refused_input_ends_all_at_once(tmp_path):
+    code = "import sys; print('train.py: error: no data in /x', file=sys.stderr); sys.exit(2)"
+    jobs = [
+        python_job(tmp_path, code, "refused"),
+        python_job(tmp_path, "import time; time.sleep(100)", "waits"),
+    ]
+    with pytest.raises(InputError, match=r"^seeds \[1\]: no data in /x$"):
+        seeds.run_jobs(jobs, [{}, {}], soon())
+    assert jobs[1].process.poll() is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--runs", "FILE"), "FILE: File exists: choose another --runs"),
+        (("--results", "FILE/x"), "FILE/x: Not a directory: choose another --results"),
+        (("--name", "a/b"), "--name a/b: "),
+        (("--seeds", "abc"), "--seeds: invalid int value: 'abc'"),
+        (("--seeds", "0"), "--seeds is 0: "),
+        (("--parallel", "-1"), "--parallel is -1: "),
+        (("--time_limit", "nan"), "--time_limit is nan: "),
+    ],
+)
+def test_bad_choices_are_refused_before_anything_is_trained(
+    options, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(seeds, "train_seeds", lambda *_: pytest.fail("trained"))
+    (tmp_path / "FILE").touch()
+    monkeypatch.chdir(tmp_path)
+    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["seeds.py", *folders, *options])
+    with pytest.raises(InputError) as refused:
+        seeds.main()
+    assert message in str(refused.value)
+
+
+def test_a_damaged_summary_is_named(tmp_path):
+    experiment = seeds.open_experiment(["--recipe", "fast"], tmp_path)
+    experiment.run_dir(1).mkdir(parents=True)
+    (experiment.run_dir(1) / "summary.json").write_text("{")
+    with pytest.raises(InputError, match=r"seed-1/summary.json: damaged"):
+        experiment.summary(1)
+
+
 def test_a_hanging_job_is_stopped(tmp_path):
     started = time.monotonic()
     failures = seeds.run_jobs(
