@@ -148,14 +148,29 @@ def export(network: Network, images: Tensor, form: str, path: Path) -> float:
                 warnings.simplefilter("ignore")  # deprecations inside the exporters
                 write(deployed, example, temporary)
                 difference = verify(read(temporary), network, images)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
         except RunError:
             raise
         except Exception as error:  # exporters raise many kinds
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise RunError(f"{form}: the export failed: {reason[0]}") from error
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
     return difference
+
+
+def check_writable(folder: Path, paths: Sequence[Path]) -> None:
+    """Makes the folder where needed, and refuses it before the export if no file can go there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".export-"):
+            pass
+    except OSError as error:
+        fault = f"{folder}: {error.strerror}"
+        raise InputError(f"{fault}: name a folder that can be written with --out") from error
+    for path in paths:
+        if path.is_dir():
+            fault = f"{path}: a folder is in the file's place"
+            raise InputError(f"{fault}: move it, or name another one with --out")
 
 
 def read_test_images(folder: Path) -> Tensor:
@@ -197,12 +212,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = options.out or (weights if weights.is_dir() else weights.parent)
     folder = options.data_dir or betons.default_folder(details.get("dataset", "mnist"))
     images = read_test_images(folder)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: {error.strerror}") from error
-    for form in dict.fromkeys(options.format):
-        path = out / f"mnist_fast{FORMATS[form][0]}"
+    paths = {form: out / f"mnist_fast{FORMATS[form][0]}" for form in options.format}
+    check_writable(out, list(paths.values()))
+    for form, path in paths.items():
         difference = export(network, images, form, path)
         print(
             f"{path}: {path.stat().st_size:,} bytes; the same {len(images):,} predictions, "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 import sys
 import warnings
@@ -10,13 +11,16 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # Ctrl-C ends it without a traceback, also while torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 
-from mnist_fast.errors import InputError, Parser, run_main
+from mnist_fast.errors import InputError, Parser, RunError, run_main
 from mnist_fast.evaluate import predict
 from mnist_fast.model import CLASSES, IMAGE_SIZE, NETWORKS, Network, build_network
 
@@ -68,8 +72,9 @@ def load_network(weights: Path) -> tuple[Network, dict[str, str]]:
     network = build_network(name)
     try:
         network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise InputError(f"{path}: not the weights of the network {name}: {error}") from error
+    except RuntimeError as error:  # torch's message names every tensor
+        fault = f"{path}: not the weights of the network {name} that it says it holds"
+        raise InputError(f"{fault}: name another run") from error
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise InputError(f"{path}: holds a weight that is not a finite number")
     return network.eval(), details
@@ -249,9 +254,10 @@ def _in_folder(folder: str) -> Iterator[tuple[str, Path]]:
 
 
 def _from_standard_input() -> Iterator[tuple[str, Path | bytes]]:
-    """One image, if standard input starts like one, else the names of images, one per line."""
+    """One image, if standard input looks like one, else the names of images, one per line."""
     content = sys.stdin.buffer.read(MAX_FILE_BYTES)
-    if content.startswith((b"\x89PNG", b"\xff\xd8")):
+    # no file's name holds a zero byte, and every other image format does
+    if content.startswith((b"\x89PNG", b"\xff\xd8")) or b"\0" in content:
         yield "standard input", content
         return
     names = [name for line in content.splitlines() if (name := os.fsdecode(line).strip())]
@@ -284,7 +290,10 @@ def _answers(
     rows: Iterator[list[float]] = iter(())
     if images:
         batch = torch.from_numpy(np.stack(images))[:, None]
-        rows = iter(predict(network, batch).exp().tolist())
+        probabilities = predict(network, batch).exp()
+        if not probabilities.isfinite().all():
+            raise InputError("these weights give no finite probabilities: name another run")
+        rows = iter(probabilities.tolist())
     for name, image in waiting:
         if isinstance(image, str):
             yield {"file": name, "error": image}
@@ -317,12 +326,22 @@ def show(results: Iterable[dict[str, Any]], as_json: bool) -> int:
             print(f"{PROGRAM}: {name}: {result['error']}", file=sys.stderr, flush=True)
         elif not as_json:
             percent = f"{100 * result['probability']:.1f} %"
-            print(f"{printable(result['file'])}  {result['digit']}  {percent}", flush=True)
+            _print(f"{printable(result['file'])}  {result['digit']}  {percent}")
         if as_json:
             kept.append(result)
     if as_json:
-        print(json.dumps(kept, indent=1))
+        _print(json.dumps(kept, indent=1, allow_nan=False))
     return faults
+
+
+def _print(text: str) -> None:
+    """Writes to standard output, at once; a full disk or a closed pipe is one line."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # what is left in the buffer would fail again at Python's end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise RunError(f"standard output: {error.strerror}") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -346,6 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="one list of objects: file, digit, probability, probabilities; or file and error",
     )
     options = parser.parse_args(arguments)
+    if "-" in options.images and sys.stdin is None:
+        raise InputError("standard input is closed: hand an image or names to it, or leave out -")
     network, _ = load_network(options.weights)
     return 1 if show(classify(network, find_sources(options.images)), options.json) else 0
 

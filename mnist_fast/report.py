@@ -9,11 +9,12 @@ import io
 import json
 import statistics
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_fast.config import TARGET_ACCURACY, Config, read_yaml
+from mnist_fast.config import TARGET_ACCURACY, Config, read_recipe, read_yaml, recipe_names
 from mnist_fast.errors import InputError, Parser, run_main
 from mnist_fast.schedule import learning_rate
 
@@ -32,8 +33,13 @@ STYLES = ("-", "--", "-.", ":")
 TEST, TRAIN = COLOURS[0], COLOURS[1]
 DPI = 150
 MISREAD_SHOWN = 40
+LARGEST = 1e100  # of a metric that is read: pictures of more fail, as those of infinity do
 # Choices that say where and how a run was made, not what was trained
-PLACES = ("seed", "data_dir", "run_dir", "resume", "process_timeout", "checkpoint_every", "wandb")
+PLACES = (
+    *("seed", "data_dir", "run_dir", "resume", "process_timeout", "checkpoint_every", "profile"),
+    "wandb",
+)
+LEGEND_WIDTH, LEGEND_CHARACTERS = 100, 250  # of a line and of a name, which is cut behind them
 
 Records = Sequence[dict[str, Any]]
 
@@ -149,7 +155,8 @@ def tidy(axes: Axes, y_label: str, x_label: str = "epoch") -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set(xlabel=x_label, ylabel=y_label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    # one tick is enough: to get two around a single epoch it would take fractions
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -336,35 +343,55 @@ def _check_record(record: Any) -> None:
     name = held_out_of(record)
     keys = ("epoch", "train_accuracy", "train_loss", f"{name}_accuracy", f"{name}_loss")
     for key in keys:
-        if not isinstance(record.get(key), int | float):
+        value = record.get(key)
+        if not isinstance(value, int | float):
             raise ValueError(f"metrics.jsonl has a line without the number {key}")
+        if not abs(value) < LARGEST:
+            raise ValueError(f"metrics.jsonl has a line whose {key} is {value}")
 
 
 def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ only in their seed together, under a name that tells the groups apart."""
+    """Runs that differ only in their seed together, under a name that tells the groups apart.
+
+    The name is that of the recipe, with the values that are not the recipe's own; those that every
+    group has in the same way are left out.
+    """
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps(run.choices(), sort_keys=True, default=str), []).append(run)
-    choices = [members[0].choices() for members in groups.values()]
-    keys = dict.fromkeys(key for some in choices for key in some)
-    differing = [key for key in keys if len({str(some.get(key)) for some in choices}) > 1]
-    if "recipe" in differing:  # says more than the many choices it stands for, if it tells enough
-        recipes = [some.get("recipe") for some in choices]
-        differing = ["recipe"] if len(set(recipes)) == len(recipes) else differing
-    named = {}
-    for some, members in zip(choices, groups.values(), strict=True):
-        parts = [f"{key} {some.get(key)}" for key in differing or ["recipe"]]
-        named[", ".join(parts)] = members
+    changes = [_changes(members[0].choices()) for members in groups.values()]
+    shared = [item for item in changes[0].items() if all(item in some.items() for some in changes)]
+    named: dict[str, list[Run]] = {}
+    for some, members in zip(changes, groups.values(), strict=True):
+        parts = [f"recipe {members[0].config.get('recipe')}"]
+        parts += [f"{key} {value}" for key, value in some.items() if (key, value) not in shared]
+        named.setdefault(", ".join(parts), []).extend(members)  # 1 and 1.0 are the same
     return named
+
+
+def _changes(choices: dict[str, Any]) -> dict[str, Any]:
+    """The choices that are not those of their recipe."""
+    recipe = choices.get("recipe")
+    own = {field.name: field.default for field in dataclasses.fields(Config)} | {"recipe": recipe}
+    own |= read_recipe(recipe) if recipe in recipe_names() else {}
+    missing = object()  # None is a value
+    return {key: value for key, value in choices.items() if own.get(key, missing) != value}
+
+
+def _legend_label(title: str, runs: Sequence[Run]) -> str:
+    """A group's name as it fits below the axes; the page has it whole."""
+    short = textwrap.shorten(title, LEGEND_CHARACTERS, placeholder=" ...")
+    return textwrap.fill(f"{short} ({_seeds(len(runs))})", LEGEND_WIDTH)
 
 
 def compare(groups: dict[str, list[Run]]) -> Figure:
     """Held-out accuracy and loss over the epochs: mean and, over seeds, standard deviation."""
-    figure, grid = new_figure(11, 4.8 + 0.22 * len(groups), columns=2)
-    names = "/".join(dict.fromkeys(runs[0].held_out for runs in groups.values()))
-    for index, (title, runs) in enumerate(groups.items()):
+    labels = [_legend_label(*group) for group in groups.items()]
+    lines = sum(label.count("\n") + 1 for label in labels)
+    figure, grid = new_figure(11, 4.8 + 0.22 * lines, columns=2)
+    held_out = "/".join(dict.fromkeys(runs[0].held_out for runs in groups.values()))
+    for index, (label, runs) in enumerate(zip(labels, groups.values(), strict=True)):
         colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
-        label = f"{title} ({_seeds(len(runs))})"
         for axes, quantity in zip(grid[0], ("accuracy", "loss"), strict=True):
             epochs, mean, sd = over_seeds(runs, quantity)
             axes.plot(epochs, mean, style, color=colour, label=label, marker="o", markersize=3)
@@ -375,11 +402,11 @@ def compare(groups: dict[str, list[Run]]) -> Figure:
     every = [run for runs in groups.values() for run in runs]
     target = target_line(grid[0, 0], [run.records[-1].get("dataset") for run in every])
     zoom(grid[0, 0], target + [accuracy for run in every for accuracy in run.accuracies()])
-    tidy(grid[0, 0], f"{names} accuracy (%)")
-    tidy(grid[0, 1], f"{names} loss (nats)")
+    tidy(grid[0, 0], f"{held_out} accuracy (%)")
+    tidy(grid[0, 1], f"{held_out} loss (nats)")
     logarithmic(grid[0, 1])
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=1, frameon=False)
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=1, frameon=False)
     return figure
 
 

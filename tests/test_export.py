@@ -98,6 +98,22 @@ def test_without_test_images_nothing_is_exported(weights, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("place", ["a file", "/proc", "a folder in the file's place"])
+def test_a_place_that_cannot_be_written_is_refused_first(
+    place, weights, small_betons, tmp_path, monkeypatch
+):
+    out = module.Path("/proc") if place == "/proc" else tmp_path / "out"
+    if place == "a file":
+        out.write_text("mine")
+    elif place != "/proc":
+        (out / "mnist_fast.onnx").mkdir(parents=True)
+    monkeypatch.setattr(module, "export", None)
+    with pytest.raises(InputError, match=f"{out}.*--out"):
+        module.main([str(weights), "--data_dir", str(small_betons), "--out", str(out)])
+    if place == "a folder in the file's place":
+        assert [path.name for path in out.iterdir()] == ["mnist_fast.onnx"]
+
+
 def test_an_unknown_format_is_bad_usage(weights):
     with pytest.raises(InputError, match="invalid choice"):
         module.main([str(weights), "--format", "pickle"])

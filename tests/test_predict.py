@@ -3,8 +3,11 @@
 import io
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 import zlib
 
 import helpers
@@ -253,17 +256,31 @@ def not_finite(path):
 def test_bad_weights_are_refused(write, message, tmp_path):
     path = tmp_path / "weights.safetensors"
     write(path)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         load_network(path)
+    assert len(str(caught.value)) < len(str(path)) + 200
+
+
+def test_weights_that_give_no_number_are_an_error(tmp_path, capsys):
+    state = build_network().state_dict()
+    state["layers.0.weight"].fill_(3e38)
+    save_file(state, tmp_path / "weights.safetensors", metadata={"network": "notebook"})
+    (tmp_path / "one.png").write_bytes(encoded(seven()))
+    for options in ([], ["--json"]):
+        with pytest.raises(InputError, match="no finite probabilities"):
+            module.main([str(tmp_path), str(tmp_path / "one.png"), *options])
+        assert capsys.readouterr().out == ""
 
 
 # The command
+
+PROGRAM = (sys.executable, "-W", "ignore", "-m", "mnist_fast.predict")
 
 
 def command(*arguments, given=b"", cwd):
     """`python -m mnist_fast.predict`: exit status, output and error lines."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "mnist_fast.predict", *map(str, arguments)],
+        [*PROGRAM, *map(str, arguments)],
         input=given,
         capture_output=True,
         timeout=100,
@@ -318,3 +335,55 @@ def test_an_empty_standard_input_gets_its_line(weights, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
     assert module.main([str(weights), "-"]) == 1
     assert capsys.readouterr().err.endswith("standard input: empty file\n")
+
+
+@pytest.mark.parametrize("form", ["BMP", "GIF", "TIFF", "WEBP"])
+def test_another_kind_of_image_on_standard_input_gets_one_line(form, weights, monkeypatch, capsys):
+    stream = io.TextIOWrapper(io.BytesIO(encoded(seven(), form)))
+    monkeypatch.setattr("sys.stdin", stream)
+    assert module.main([str(weights), "-"]) == 1
+    assert re.fullmatch(
+        r".*: standard input: neither a PNG nor a JPEG image\n", capsys.readouterr().err
+    )
+
+
+def test_a_closed_standard_input_is_bad_usage(weights, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)  # what Python makes of <&-
+    with pytest.raises(InputError, match="standard input is closed"):
+        module.main([str(weights), "-"])
+
+
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_a_full_disk_for_the_output_is_one_line(option, weights, tmp_path):
+    (tmp_path / "one.png").write_bytes(encoded(seven()))
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*PROGRAM, str(weights), str(tmp_path / "one.png"), *option],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=100,
+            cwd=helpers.ROOT,
+        )
+    assert done.returncode == 1
+    assert done.stderr == f"{module.PROGRAM}: error: standard output: No space left on device\n"
+
+
+def test_ctrl_c_leaves_no_traceback(weights):
+    process = subprocess.Popen(
+        [*PROGRAM, str(weights), "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=helpers.ROOT,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while "/numpy/" not in module.Path(f"/proc/{process.pid}/maps").read_text():
+            assert time.monotonic() < deadline  # it imports
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == (b"", b"")
+        assert process.returncode == -signal.SIGINT
+    finally:
+        process.kill()

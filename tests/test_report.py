@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mnist_fast import report
-from mnist_fast.config import Config, dump
+from mnist_fast.config import Config, dump, read_recipe
 from mnist_fast.errors import InputError
 from mnist_fast.evaluate import Outcome, inspect
 from mnist_fast.model import build_network
@@ -65,11 +65,12 @@ def make_summary(config, records):
     }
 
 
-def make_run(folder, accuracies=(98.0, 99.1, 99.5), finished=True, **choices):
+def make_run(folder, accuracies=(98.0, 99.1, 99.5), finished=True, recorded="mnist", **choices):
     folder.mkdir(parents=True)
-    config = Config(run_dir=str(folder), **choices)
+    recipe = choices.get("recipe", "fast")
+    config = Config(**(read_recipe(recipe) | {"recipe": recipe, "run_dir": str(folder)} | choices))
     dump(config, folder / "config.yaml")
-    records = make_records(accuracies)
+    records = [record | {"dataset": recorded} for record in make_records(accuracies)]
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "metrics.jsonl").write_text(lines)
     if finished:
@@ -120,6 +121,14 @@ def test_curves_show_both_splits_and_the_target():
     assert set(lines["target 99.4 %"]) == {99.4}
     assert (accuracy.get_ylabel(), accuracy.get_xlabel()) == ("accuracy (%)", "epoch")
     assert loss.get_ylabel() == "loss (nats)"
+
+
+def test_the_epochs_of_a_single_one_are_whole_numbers():
+    figure = report.curves(make_records([97.0]), "a run")
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
 
 
 def test_the_learning_rate_is_that_of_every_step():
@@ -190,14 +199,48 @@ def test_other_data_is_not_judged_by_mnists_goal():
 def test_runs_that_differ_only_in_seed_and_place_are_one_group(tmp_path):
     folders = [
         make_run(tmp_path / "a", seed=1, learning_rate=0.1),
-        make_run(tmp_path / "b", seed=2, learning_rate=0.1, wandb="disabled", data_dir="x"),
+        make_run(tmp_path / "b", seed=2, wandb="disabled", data_dir="x", profile=True),
         make_run(tmp_path / "c", seed=1, learning_rate=0.2),
     ]
     groups = report.group_runs([report.read_run(folder) for folder in folders])
     assert {k: [r.folder.name for r in v] for k, v in groups.items()} == {
-        "learning_rate 0.1": ["a", "b"],
-        "learning_rate 0.2": ["c"],
+        "recipe fast": ["a", "b"],
+        "recipe fast, learning_rate 0.2": ["c"],
     }
+
+
+def test_a_group_is_named_by_its_recipe_and_what_was_changed_in_it(tmp_path):
+    folders = [
+        make_run(tmp_path / "a", epochs=3),
+        make_run(tmp_path / "b", epochs=3, recorded="digits"),
+        make_run(tmp_path / "c", epochs=3, recipe="notebook", learning_rate=0.1),
+    ]
+    groups = report.group_runs([report.read_run(folder) for folder in folders])
+    assert list(groups) == [
+        "recipe fast",
+        "recipe fast, dataset digits",
+        "recipe notebook, learning_rate 0.1",
+    ]
+
+
+def test_the_legend_fits_into_the_picture_whatever_was_changed(tmp_path):
+    other = {key: value for key, value in read_recipe("notebook").items() if key != "epochs"}
+    much = {"tta": 2, "ema_decay": 0.999, "label_smoothing": 0.1, "weight_decay": 1e-4}
+    folders = [
+        make_run(tmp_path / "a"),
+        make_run(tmp_path / "b", **other),
+        make_run(tmp_path / "c", **(other | much), optimizer="muon", threads=7, precision="bf16"),
+    ]
+    groups = report.group_runs([report.read_run(folder) for folder in folders])
+    assert len(max(groups, key=len)) > report.LEGEND_CHARACTERS
+    figure = report.compare(groups)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box, whole = legend.get_window_extent(), figure.bbox
+    assert 0 <= box.x0 < box.x1 <= whole.x1
+    assert 0 <= box.y0 < box.y1 < min(axes.get_window_extent().y0 for axes in figure.axes)
+    assert min(axes.get_window_extent().height for axes in figure.axes) > 300
+    assert len(legend.get_texts()) == len(groups) + 1  # and the target
 
 
 def test_mean_and_sd_over_the_epochs_that_all_have_finished(tmp_path):
@@ -292,6 +335,10 @@ def test_the_page_needs_nothing_else(page):
 
 # Bad input
 
+METRICS = (
+    '{"epoch": 1, "train_accuracy": 1, "train_loss": 1, "test_loss": 1, "test_accuracy": %s}\n'
+)
+
 
 @pytest.mark.parametrize(
     "content, message",
@@ -301,6 +348,9 @@ def test_the_page_needs_nothing_else(page):
         ("{", "does not hold a readable run"),
         ("[1]\n", "not an object"),
         ('{"epoch": 1, "test_accuracy": "high"}\n', "without the number"),
+        (METRICS % "NaN", "readable run: .* whose test_accuracy is nan"),
+        (METRICS % "1e400", "readable run: .* whose test_accuracy is inf"),
+        (METRICS % ("9" * 400), "readable run: .* whose test_accuracy is 9"),
     ],
 )
 def test_a_folder_that_is_no_run(tmp_path, content, message):
