@@ -11,7 +11,7 @@ from helpers import ROOT
 LAYERS = [
     {"errors"},
     {"config", "signals"},
-    {"augment", "model", "schedule"},
+    {"augment", "model", "muon", "schedule"},
     {"checkpoint", "data", "evaluate", "profiling", "progress", "report", "run_folder"}
     | {"native", "runtime", "step", "tracking"},
     {"loop", "predict"},
