@@ -354,7 +354,7 @@ def test_a_failing_wandb_is_left_out_and_the_metrics_go_on(tracker, capsys):
     run = tracker._run
     run.fault = ConnectionError("gone\nand more")
     tracker.alert("title", "text")
-    assert "W&B failed and is left out from here on: gone\n" in capsys.readouterr().out
+    assert "W&B failed and is left out from here on: gone and more\n" in capsys.readouterr().out
     assert run.finished == [1]
     tracker.log_epoch({"epoch": 1, "test_accuracy": 50.0})
     assert helpers.read_records(tracker.folder) == [{"epoch": 1, "test_accuracy": 50.0}]

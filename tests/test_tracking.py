@@ -132,7 +132,7 @@ def test_a_wandb_that_cannot_start_is_done_without(
     monkeypatch.setattr(tracking.Tracker, "_init", fail)
     summary = run(small_betons, tmp_path, "--wandb", "online")
     said = capsys.readouterr().out
-    assert "W&B online failed: no room for W&B\n" in said
+    assert "W&B online failed: no room for W&B with details\n" in said
     assert "W&B offline failed" in said
     assert "training goes on without W&B" in said
     assert_same_result(tmp_path, summary, disabled)
