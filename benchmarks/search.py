@@ -36,7 +36,6 @@ from benchmarks.seeds import (  # noqa: E402
     check,
     count_gpus,
     cpu_slots,
-    make_folder,
     open_experiment,
     read_curve,
     train_seeds,
@@ -44,6 +43,7 @@ from benchmarks.seeds import (  # noqa: E402
 from mnist_fast import signals  # noqa: E402
 from mnist_fast.config import Config  # noqa: E402
 from mnist_fast.errors import InputError, Parser, RunError, Stopped, run_main  # noqa: E402
+from mnist_fast.run_folder import make_writable  # noqa: E402
 
 VALIDATION = 5_000  # images held out in every trial
 KEY = "validation_accuracy"
@@ -238,7 +238,7 @@ def study_file(path: Path) -> Iterator[None]:
 
 def open_study(choices: argparse.Namespace, first: dict[str, Any], epochs: int) -> optuna.Study:
     """The study in its file, begun with the recipe's own values."""
-    make_folder(choices.runs / choices.study, "--study")
+    make_writable(choices.runs / choices.study, "--study")
     storage = optuna.storages.RDBStorage(
         f"sqlite:///{choices.runs / choices.study}.db",
         engine_kwargs={"connect_args": {"timeout": 60}},  # seconds, for several searches in one

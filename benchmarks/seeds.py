@@ -13,7 +13,6 @@ a figure beside it.
 import argparse
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -32,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 from mnist_fast import signals  # noqa: E402
 from mnist_fast.config import Config, load  # noqa: E402
 from mnist_fast.errors import InputError, Parser, RunError, Stopped, run_main  # noqa: E402
+from mnist_fast.run_folder import make_writable  # noqa: E402
 
 GRACE = 60.0  # seconds that a run has for its checkpoint when it is asked to stop
 # choices that do not change what is learned, beside W&B's
@@ -53,7 +53,7 @@ class Job:
 
     def start(self) -> None:
         """Starts the program in its own process group, its output in the log."""
-        make_folder(self.log.parent, "--runs")
+        make_writable(self.log.parent, "--runs")
         environment = os.environ | self.environment
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -484,20 +484,6 @@ def compare(seeds: Sequence[int], options: Sequence[str], choices: argparse.Name
     return 0
 
 
-def make_folder(folder: Path, option: str) -> None:
-    """Makes a folder to write into, unless it is there.
-
-    Raises:
-        InputError: it cannot be made or written; the option that chose it is named.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise InputError(f"{folder}: {error.strerror}: choose another {option}") from error
-
-
 def check(choices: argparse.Namespace) -> None:
     """Refuses, before anything is trained, what no run could go by; makes the folders.
 
@@ -516,8 +502,8 @@ def check(choices: argparse.Namespace) -> None:
     for name in ("name", "study"):  # part of a file's name
         if not re.fullmatch(r"\w[\w.-]*", given.get(name, "x")):
             raise InputError(f"--{name} {given[name]}: give letters, digits, '_', '.', '-' alone")
-    make_folder(choices.runs, "--runs")
-    make_folder(choices.results, "--results")
+    make_writable(choices.runs, "--runs")
+    make_writable(choices.results, "--results")
 
 
 def build_parser() -> Parser:

@@ -7,9 +7,7 @@ count. The first step's end is the start of train.py's process, as the kernel te
 `startup_seconds` of `summary.json`. Writes startup.json.
 """
 
-import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,6 +19,10 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import records  # noqa: E402
+
 TRAIN = str(ROOT / "train.py")
 
 
@@ -41,8 +43,8 @@ def started_at(launcher: subprocess.Popen[bytes]) -> float:
     raise subprocess.CalledProcessError(launcher.returncode or 1, launcher.args)
 
 
-def measure(choices: list[str]) -> dict[str, float]:
-    """Launches one run; its seconds."""
+def measure(choices: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
+    """Launches one run; its seconds and its `summary.json`."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, "-m", "accelerate.commands.launch", TRAIN, *choices]
@@ -55,41 +57,30 @@ def measure(choices: list[str]) -> dict[str, float]:
         if launcher.returncode:
             raise subprocess.CalledProcessError(launcher.returncode, command)
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    return {
+    seconds = {
         "launcher_seconds": process - begun,
         "startup_seconds": summary["startup_seconds"],
         "first_step_seconds": process - begun + summary["startup_seconds"],
         "whole_seconds": ended - begun,
         "train_seconds": summary["train_seconds"],
     }
+    return seconds, summary
 
 
 def main() -> int:
     """Measures, prints, writes; options it does not know are handed on to train.py."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="runs that count (default: 3)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    options, choices = parser.parse_known_args()
+    options, choices = records.build_parser(__doc__, rounds=3).parse_known_args()
     choices = choices or ["--epochs", "1", "--wandb", "offline"]
-    measure(choices)
+    _, summary = measure(choices)
     runs: list[dict[str, float]] = []
     for _ in range(options.rounds):
-        runs.append(measure(choices))
+        seconds, summary = measure(choices)
+        runs.append(seconds)
         print(*(f"{value:.2f} {name}" for name, value in runs[-1].items()), flush=True)
-    record: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/startup.py", *sys.argv[1:]]),
-        "n": options.rounds,
-        "runs": runs,
-        "medians": {name: statistics.median(run[name] for run in runs) for name in runs[0]},
-        "load_average_after": os.getloadavg()[0],
-    }
-    first = record["medians"]["first_step_seconds"]
+    medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    first = medians["first_step_seconds"]
     print(f"shell to the end of the first step: {first:.1f} s (median of {options.rounds})")
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1) + "\n"
-    (options.out / "startup.json").write_text(text, encoding="utf-8")
+    records.write("startup", options, summary, {"runs": runs, "medians": medians})
     return 0
 
 

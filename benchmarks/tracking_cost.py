@@ -8,7 +8,6 @@ that is not counted. Processor time is that of all its processes, W&B's own amon
 disturbed by other programs as much as wall time is. Writes tracking_cost.json.
 """
 
-import argparse
 import ctypes
 import json
 import os
@@ -21,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import records  # noqa: E402
 
 MODES = ("offline", "disabled")
 QUANTITIES = ("processor_seconds", "wall_seconds")
@@ -83,12 +85,7 @@ def _sd(values: list[float]) -> float | None:
 
 def main() -> int:
     """Measures, prints, writes; options it does not know are handed on to train.py."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each mode (default: 5)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    options, choices = parser.parse_known_args()
+    options, choices = records.build_parser(__doc__, rounds=5).parse_known_args()
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     _, summary = measure("offline", choices)  # fills caches
     runs: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
@@ -97,21 +94,11 @@ def main() -> int:
             seconds, summary = measure(mode, choices)
             runs[mode].append(seconds)
             print(mode, *(f"{seconds[name]:.2f} {name}" for name in QUANTITIES), flush=True)
-    about = ("device", "dataset", "recipe", "epochs", "precision", "step", "git_commit", "versions")
-    record = {
-        "command": " ".join(["python", "benchmarks/tracking_cost.py", *sys.argv[1:]]),
-        "n": options.rounds,
-        **{key: summary[key] for key in about},
-        **{quantity: describe(runs, quantity) for quantity in QUANTITIES},
-        "load_average_after": os.getloadavg()[0],
-    }
-    for quantity in QUANTITIES:
-        found = record[quantity]
+    results = {quantity: describe(runs, quantity) for quantity in QUANTITIES}
+    for quantity, found in results.items():
         percent = 100 * (found["ratio"] - 1)
         print(f"{quantity}: offline takes {found['difference']['mean']:.2f} more, {percent:.1f} %")
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1) + "\n"
-    (options.out / "tracking_cost.json").write_text(text, encoding="utf-8")
+    records.write("tracking_cost", options, summary, results)
     return 0
 
 

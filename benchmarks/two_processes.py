@@ -6,7 +6,6 @@ Launches train.py in turns, alone and as two gloo ranks under torchrun, one epoc
 same global batch, and takes the speed from `summary.json`. Writes two_processes.json.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -14,15 +13,18 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import records  # noqa: E402
+
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def images_per_second(processes: int, choices: list[str], batch_size: int) -> float:
-    """Trains once and reads the speed; raises `CalledProcessError` with the run's output."""
+def train(processes: int, choices: list[str], batch_size: int) -> dict[str, Any]:
+    """Trains once; its `summary.json`. Raises `CalledProcessError` with the run's output."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, *(TORCHRUN if processes == 2 else ()), str(ROOT / "train.py")]
@@ -30,35 +32,25 @@ def images_per_second(processes: int, choices: list[str], batch_size: int) -> fl
         command += ["--batch_size", str(batch_size), *choices]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-        return json.loads((run / "summary.json").read_text(encoding="utf-8"))["images_per_second"]
+        return json.loads((run / "summary.json").read_text(encoding="utf-8"))
 
 
 def main() -> int:
     """Measures, prints, writes; options it does not know are handed on to train.py."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each (default: 3)")
+    parser = records.build_parser(__doc__, rounds=3)
     parser.add_argument("--batch_size", type=int, default=512, help="global (default: 512)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     options, choices = parser.parse_known_args()
     choices = choices or ["--epochs", "1"]
     speeds: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(options.rounds):
         for processes, found in speeds.items():
-            found.append(images_per_second(processes, choices, options.batch_size))
+            summary = train(processes, choices, options.batch_size)
+            found.append(summary["images_per_second"])
             print(f"{processes} process(es): {found[-1]:,.0f} images/s", flush=True)
     ratio = statistics.median(speeds[2]) / statistics.median(speeds[1])
     print(f"two processes: {ratio:.2f} times as fast (medians of {options.rounds})")
-    record = {
-        "command": " ".join(["python", "benchmarks/two_processes.py", *sys.argv[1:]]),
-        "images_per_second": speeds,
-        "ratio_of_medians": ratio,
-        "load_average_after": os.getloadavg()[0],
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1) + "\n"
-    (options.out / "two_processes.json").write_text(text, encoding="utf-8")
+    results = {"images_per_second": speeds, "ratio_of_medians": ratio}
+    records.write("two_processes", options, summary, results)
     return 0
 
 

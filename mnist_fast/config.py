@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from mnist_fast.errors import InputError
+from mnist_fast.errors import InputError, one_line
 
 RECIPES = Path(__file__).parent / "recipes"
 MAX_FILE = 100_000  # characters of a configuration file that are read
@@ -280,7 +280,7 @@ def _options_given(parser: Any, arguments: list[str]) -> dict[str, Any]:
     try:
         namespace = parser.parse_args(arguments, defaults=False)
     except ArgumentError as error:
-        raise InputError(f"{_plain(error)}; see train.py --help") from error
+        raise InputError(f"{one_line(error)}; see train.py --help") from error
     return {name: value for name, value in namespace.as_dict().items() if value is not None}
 
 
@@ -297,13 +297,8 @@ def _checked(parser: Any, where: str, layer: dict[str, Any]) -> dict[str, Any]:
     try:
         checked = parser.parse_object(layer, defaults=False).as_dict()
     except ArgumentError as error:
-        raise InputError(f"{where}: {_plain(error)}") from error
+        raise InputError(f"{where}: {one_line(error)}") from error
     return {name: checked[name] for name in layer}
-
-
-def _plain(error: Exception) -> str:
-    """A parser's message on one line, without its list of union members."""
-    return " ".join(str(error).split())
 
 
 def dump(config: Config, path: Path) -> None:

@@ -47,11 +47,15 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} ({self.prog} --help lists the options)")
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, or its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def report_error(error: _OneLineError | Stopped, program: str) -> int:
     """Prints an error as one line on standard error and returns its exit status."""
     if not (error.shared and int(os.environ.get("RANK", 0))):
-        message = " ".join(str(error).split())
-        print(f"{program}: error: {message}", file=sys.stderr, flush=True)
+        print(f"{program}: error: {one_line(error)}", file=sys.stderr, flush=True)
     return 2 if isinstance(error, InputError) else 1
 
 

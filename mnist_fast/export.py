@@ -22,6 +22,7 @@ from mnist_fast.errors import InputError, Parser, RunError, run_main
 from mnist_fast.evaluate import predict
 from mnist_fast.model import IMAGE_SIZE, Network
 from mnist_fast.predict import load_network
+from mnist_fast.run_folder import make_writable
 
 PROGRAM = "python -m mnist_fast.export"
 TOLERANCE = 1e-4  # largest difference of a probability
@@ -158,21 +159,6 @@ def export(network: Network, images: Tensor, form: str, path: Path) -> float:
     return difference
 
 
-def check_writable(folder: Path, paths: Sequence[Path]) -> None:
-    """Makes the folder where needed, and refuses it before the export if no file can go there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".export-"):
-            pass
-    except OSError as error:
-        fault = f"{folder}: {error.strerror}"
-        raise InputError(f"{fault}: name a folder that can be written with --out") from error
-    for path in paths:
-        if path.is_dir():
-            fault = f"{path}: a folder is in the file's place"
-            raise InputError(f"{fault}: move it, or name another one with --out")
-
-
 def read_test_images(folder: Path) -> Tensor:
     """The checked test images, uint8 (n, 1, 28, 28)."""
     manifest = betons.check(folder)
@@ -213,7 +199,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.data_dir or betons.default_folder(details.get("dataset", "mnist"))
     images = read_test_images(folder)
     paths = {form: out / f"mnist_fast{FORMATS[form][0]}" for form in options.format}
-    check_writable(out, list(paths.values()))
+    make_writable(out, "folder with --out")
+    for path in paths.values():
+        if path.is_dir():
+            fault = f"{path}: a folder is in the file's place"
+            raise InputError(f"{fault}: move it, or choose another folder with --out")
     for form, path in paths.items():
         difference = export(network, images, form, path)
         print(

@@ -366,13 +366,13 @@ class Training:
 
     def _find_checkpoint(self) -> Checkpoint | None:
         wanted, folder = self.config.resume, self.folder / "checkpoints"
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: not a folder: move it away, or choose another --run_dir")
         if wanted not in ("auto", "never"):
             try:
                 return checkpoint.load(Path(wanted))
             except checkpoint.CorruptCheckpointError as error:
                 raise InputError(f"--resume: {error}: name a checkpoint's folder") from error
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder}: not a folder: move it away, or choose another --run_dir")
         if wanted == "never":
             if checkpoint.newest_first(folder):
                 raise InputError(f"{self.folder} holds a run: choose another --run_dir or --resume")

@@ -85,15 +85,14 @@ class Muon(torch.optim.Optimizer):
         momenta = [self._momentum(parameter) for parameter in parameters]
         torch._foreach_mul_(momenta, group["momentum"])
         torch._foreach_add_(momenta, gradients)
-        updates = momenta
+        updates: Sequence[Tensor] = momenta
         if group["nesterov"]:
-            updates = list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))
+            updates = torch._foreach_add(gradients, momenta, alpha=group["momentum"])
         updates = orthogonalise_weights(updates, group["networks"])
         rate = group["lr"]
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
-        torch._foreach_mul_(updates, rate)
-        torch._foreach_sub_(parameters, updates)
+        torch._foreach_sub_(parameters, list(torch._foreach_mul(updates, rate)))
 
     def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -103,18 +102,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise_weights(updates: Sequence[Tensor], networks: int) -> list[Tensor]:
-    """Copies of updates, those of weights (networks * outputs, ...) made orthogonal and scaled."""
+    """Updates with those of weights (networks * outputs, ...) made orthogonal and scaled."""
     weights = [update for update in updates if update.dim() > 1]
-    if not weights:
-        return [update.clone() for update in updates]
     parts = [part.flatten(1) for weight in weights for part in weight.chunk(networks)]
-    found = iter(orthogonalise(parts))
+    found = iter(orthogonalise(parts) if parts else ())
     results = []
     for update in updates:
-        if update.dim() == 1:
-            results.append(update.clone())
-            continue
-        own = torch.cat([next(found) for _ in range(networks)])
-        outputs, columns = len(own) // networks, own.shape[1]
-        results.append(own.view(update.shape) * math.sqrt(max(1, outputs / columns)))
+        if update.dim() > 1:
+            own = torch.cat([next(found) for _ in range(networks)])
+            outputs, columns = len(own) // networks, own.shape[1]
+            update = own.view(update.shape) * math.sqrt(max(1, outputs / columns))
+        results.append(update)
     return results

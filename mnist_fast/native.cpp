@@ -519,7 +519,8 @@ void Pass::backward(int index, int group, Vec *out) {
       inner[(channel * width + y) * width + x] = gradient;
     });
   }
-  correlate(layer, state.inputs + group * layer.padded_inputs(), inner, width, &state.weight_gradients[size_t(group) * layer.outputs * layer.taps()]);
+  const Vec *in = state.inputs + group * layer.padded_inputs();
+  correlate(layer, in, inner, width, &state.weight_gradients[size_t(group) * layer.outputs * layer.taps()]);
   if (!index) return;
   Vec *gradients = states_[index - 1].gradients + group * layers_[index - 1].results();
   const int pixels = layer.input_size * layer.input_size;

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,20 @@ def make_new(wanted: Path) -> Path:
             folder = wanted.with_name(f"{wanted.name}-{number}")
         except OSError as error:
             raise InputError(f"{folder}: {error.strerror}: choose a --run_dir") from error
+
+
+def make_writable(folder: Path, option: str) -> None:
+    """Makes a folder, unless it is there, and tries whether files can be made in it.
+
+    Raises:
+        InputError: they cannot; the option that chose the folder is named.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".trial-"):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}: choose another {option}") from error
 
 
 def lock(folder: Path) -> None:

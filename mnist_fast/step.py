@@ -55,31 +55,15 @@ def build_optimizer(config: Config, network: nn.Module, networks: int = 1) -> to
         network: what is trained.
         networks: that its weights hold, one behind the other.
     """
-    if config.optimizer == "muon":
-        return Muon(
-            network.parameters(),
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            networks=networks,
-        )
+    parameters = network.parameters()
+    common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(
-            network.parameters(),
-            lr=config.learning_rate,
-            betas=(config.momentum, config.beta2),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-    return torch.optim.SGD(
-        network.parameters(),
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+        betas = (config.momentum, config.beta2)
+        return torch.optim.AdamW(parameters, betas=betas, fused=True, **common)
+    common |= {"momentum": config.momentum, "nesterov": config.nesterov}
+    if config.optimizer == "muon":
+        return Muon(parameters, networks=networks, **common)
+    return torch.optim.SGD(parameters, fused=True, **common)
 
 
 def first_state(config: Config, parameter: Tensor) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_fast.config import TARGET_ACCURACY, Config, dump
+from mnist_fast.errors import one_line
 from mnist_fast.evaluate import Outcome
 from mnist_fast.model import Layer
 from mnist_fast.runtime import Runtime
@@ -195,7 +196,7 @@ class Tracker:
                 self._run = self._init(wandb, attempt, facts)
                 break
             except Exception as error:  # whatever W&B raises, training goes on
-                self._say(f"W&B {attempt} failed: {_one_line(error)}")
+                self._say(f"W&B {attempt} failed: {one_line(error)[:300]}")
                 _bounded(wandb.teardown, INIT_TIMEOUT)  # else the run's id stays in use
         if self._run is None:
             self._say(f"training goes on without W&B; metrics are in {self.folder}")
@@ -276,7 +277,7 @@ class Tracker:
             if time.monotonic() - started > PATIENCE:
                 raise TimeoutError("it does not answer; upload its files with `wandb sync`")
         except Exception as error:
-            self._say(f"W&B failed and is left out from here on: {_one_line(error)}")
+            self._say(f"W&B failed and is left out from here on: {one_line(error)[:300]}")
             self.close(exit_code=1)
 
     def _say(self, message: str) -> None:
@@ -352,10 +353,6 @@ def _cells(layer: Layer) -> list[Any]:
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _has_key(wandb: Any) -> bool:
