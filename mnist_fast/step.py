@@ -214,6 +214,7 @@ class TrainingStep:
             network = network.to(memory_format=torch.channels_last)
             averaged = averaged.to(memory_format=torch.channels_last) if averaged else None
         self.network, self.averaged = network, averaged
+        self._learned = list(network.parameters())  # to walk through the modules takes 0.1 ms
         self.optimizer = build_optimizer(config, network)
         if self.mode == "eager":
             self._forward_network, self._stepper = runtime.prepare(network, self.optimizer)
@@ -288,7 +289,7 @@ class TrainingStep:
             loss, counts = (self._forward if whole else self._forward_rest)(inputs, labels)
             self.runtime.backward(loss * weight)
         if self.mode != "eager":
-            self.runtime.average_gradients(self.network)
+            self.runtime.average_gradients(self._learned)
         self._stepper.step()
         self.totals += counts
         self._average()

@@ -19,7 +19,7 @@ from mnist_fast.errors import InputError, run_main
 from mnist_fast.evaluate import evaluate
 from mnist_fast.loop import train
 from mnist_fast.model import build_network
-from mnist_fast.runtime import Runtime
+from mnist_fast.runtime import STOP_INTERVAL, Runtime
 from mnist_fast.step import TrainingStep
 
 SAMPLES, BATCH = 1_437, 96  # the last of 15 batches has 93 images
@@ -110,7 +110,8 @@ def agreements(runtime):
     except InputError as error:
         refused = (str(error), error.shared)
     # a request of the last process alone is obeyed by all, in the same step
-    asked = [runtime.agree_to_stop(runtime.rank == runtime.world_size - 1) for _ in range(3)]
+    last = runtime.rank == runtime.world_size - 1
+    asked = [runtime.agree_to_stop(last) for _ in range(2 * STOP_INTERVAL)]
     return {
         "broadcast": runtime.gather(runtime.broadcast(("from", runtime.rank))),
         "gather": runtime.gather(runtime.rank),
