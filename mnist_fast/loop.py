@@ -172,9 +172,7 @@ class Training:
                 self.startup_seconds = self.measure_startup()
             if self.runtime.agree_to_stop(signals.requested() is not None):
                 position.epoch_seconds += time.perf_counter() - started
-                self.step.finish()
                 self.stop()
-        self.step.finish()
         loss, hits, count = self.runtime.sum(self.step.totals).tolist()
         position.epoch_seconds += time.perf_counter() - started
         self.require_finite(loss)

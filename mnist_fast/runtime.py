@@ -87,39 +87,27 @@ class Runtime:
         """Adds the gradients of a loss, scaled in fp16."""
         self.accelerator.backward(loss)
 
-    def average_gradients(self, parameters: Sequence[Tensor]) -> Callable[[], None]:
-        """Starts to mean gradients over the processes, for networks outside DDP.
-
-        Returns:
-            What to call before the gradients are used: it waits for the others'.
-        """
-        if self.world_size == 1:
-            return lambda: None
-        return self._start_mean([p.grad for p in parameters if p.grad is not None])
+    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Means gradients over the processes in one exchange; for networks outside DDP."""
+        if self.world_size > 1:
+            self._mean([p.grad for p in parameters if p.grad is not None])
 
     def average_buffers(self, network: nn.Module) -> None:
         """Means BatchNorm's running statistics, which each process gathers on its own images."""
         if self.world_size > 1:
-            self._start_mean([b for b in network.buffers() if b.is_floating_point()])()
+            self._mean([buffer for buffer in network.buffers() if buffer.is_floating_point()])
 
-    def _start_mean(self, tensors: list[Tensor]) -> Callable[[], None]:
-        """Starts to mean tensors over the processes, in place; call the result to end it."""
-        flat, work = torch._utils._flatten_dense_tensors(tensors), None
+    def _mean(self, tensors: list[Tensor]) -> None:
+        flat = torch._utils._flatten_dense_tensors(tensors)
         if self.device.type == "cpu":  # so few bytes cost gloo a wake-up per message, of which
             gathered = flat.new_empty(self.world_size * len(flat))  # a gather needs half as many
-            work = dist.all_gather_into_tensor(gathered, flat, async_op=True)
+            dist.all_gather_into_tensor(gathered, flat)
+            flat = gathered.view(self.world_size, -1).sum(0)
         else:
             dist.all_reduce(flat)
-
-        def finish() -> None:
-            if work is not None:
-                work.wait()
-                torch.sum(gathered.view(self.world_size, -1), 0, out=flat)
-            flat.div_(self.world_size)
-            parts = torch._utils._unflatten_dense_tensors(flat, tensors)
-            torch._foreach_copy_(tensors, list(parts))
-
-        return finish
+        flat /= self.world_size
+        parts = torch._utils._unflatten_dense_tensors(flat, tensors)
+        torch._foreach_copy_(tensors, list(parts))
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over all processes, on every process."""

@@ -228,7 +228,6 @@ class TrainingStep:
         self._offsets = torch.arange(sharding.local_size, device=device)
         self._set_up_optimizer()
         self._augmented, self._dropout_key = True, 0
-        self._pending: Callable[[], None] | None = None
         self._captured: dict[bool, CapturedStep] = {}  # by whether images are augmented
         self._augment, self._forward = augment, self._forward_rest
         if self.mode == "native":
@@ -263,51 +262,23 @@ class TrainingStep:
         self._forward_network.train()
 
     def __call__(self, batch: Batch, learning_rate: float) -> None:
-        """Trains on this process's part of a global batch; does not wait for the device.
-
-        In mode `native` several processes leave the step's end, for which they need each other's
-        gradients, to the next call, whose augmentation runs meanwhile; or to `finish`.
-        """
-        self._position.fill_(batch.position)
-        if self.mode == "native":
-            inputs, labels = self._prepare(batch)
-            self.finish()
-            self._rate.fill_(learning_rate)
-            self._pending = self._backpropagate(batch, inputs, labels)
-            if self.runtime.world_size == 1:
-                self.finish()
-            return
+        """Trains on this process's part of a global batch; does not wait for the device."""
         self._rate.fill_(learning_rate)
+        self._position.fill_(batch.position)
         whole = len(batch) == self.sharding.local_size
         train = self._captured.get(self._augmented, self._train) if whole else self._train
         train(batch)
 
-    def finish(self) -> None:
-        """Ends the last call's step where that is still to be done; every process calls it."""
-        if self._pending is not None:
-            average, self._pending = self._pending, None
-            self._update(average)
-
     def _train(self, batch: Batch) -> None:
-        """One step, at the position and learning rate that stand in their tensors."""
-        self._update(self._backpropagate(batch, *self._prepare(batch)))
-
-    def _prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Inputs, augmented and normalised, and labels."""
-        images, labels = batch.gather()
-        if not self._augmented:
-            return normalise(scale_pixels(images)), labels
-        positions = self._position + self._offsets[: len(images)]
-        return self._augment(self.config, images, positions, self._key), labels
-
-    def _backpropagate(self, batch: Batch, inputs: Tensor, labels: Tensor) -> Callable[[], None]:
-        """Leaves the gradients, and counts; what it returns means them over the processes.
+        """One step, at the position and learning rate that stand in their tensors.
 
         The loss is the global batch's mean: each process's sum is weighted so that the mean of
         the gradients over the processes is exact, also where the parts differ in size.
         """
         weight = self.runtime.world_size / batch.global_size
+        images, labels = batch.gather()
         self._stepper.zero_grad()  # not behind the step: `gradient_norm` reads the last ones
+        inputs = self._prepare_inputs(images)
         if self._native is not None and len(batch) % self._native.lanes == 0:
             place = (self._dropout_key, batch.position)
             smoothing = self.config.label_smoothing
@@ -317,16 +288,18 @@ class TrainingStep:
             whole = len(batch) == self.sharding.local_size
             loss, counts = (self._forward if whole else self._forward_rest)(inputs, labels)
             self.runtime.backward(loss * weight)
-        self.totals += counts
-        if self.mode == "eager":  # DDP has done it
-            return lambda: None
-        return self.runtime.average_gradients(self._learned)
-
-    def _update(self, average: Callable[[], None]) -> None:
-        """Moves the weights, and their average."""
-        average()
+        if self.mode != "eager":
+            self.runtime.average_gradients(self._learned)
         self._stepper.step()
+        self.totals += counts
         self._average()
+
+    def _prepare_inputs(self, images: Tensor) -> Tensor:
+        """Augmented and normalised inputs."""
+        if not self._augmented:
+            return normalise(scale_pixels(images))
+        positions = self._position + self._offsets[: len(images)]
+        return self._augment(self.config, images, positions, self._key)
 
     def _forward_rest(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of losses; what to add to `totals`. Never compiled, for any batch size."""
@@ -385,7 +358,6 @@ class TrainingStep:
 
     def state(self) -> dict[str, Tensor]:
         """Weights, statistics, averages and the optimiser's state by name, copied to the CPU."""
-        assert self._pending is None, "finish() comes first"
         found = {f"network/{k}": v for k, v in self.network.state_dict().items()}
         if self.averaged is not None:
             found |= {f"averaged/{k}": v for k, v in self.averaged.state_dict().items()}

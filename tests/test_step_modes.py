@@ -81,7 +81,6 @@ def train(config, runtime, feed, epochs=3):
         step.start_epoch(epoch)
         for number, batch in enumerate(feed.epoch(epoch)):
             step(batch, 0.01 * (1 + number + epoch))
-        step.finish()
         seen.append((*step.totals.tolist(), step.gradient_norm()))
     return step, seen
 
