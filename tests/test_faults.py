@@ -76,7 +76,8 @@ def test_killed_at_random_moments(options, reference, tmp_path):
             process.process.join(moments.uniform(0.3, 1.1) * seconds)
             if process.process.exitcode is None:
                 process.signal(signal.SIGKILL)
-                assert process.wait() == -signal.SIGKILL
+            ended = process.wait()  # it may have ended by itself in the last moment
+            if ended == -signal.SIGKILL:
                 kills += 1
                 checkpoints = faults.checkpoint.newest_first(run / "checkpoints")
                 assert not checkpoints or newest(run)
@@ -84,7 +85,7 @@ def test_killed_at_random_moments(options, reference, tmp_path):
                     [path for path in checkpoints if faults.checkpoint.load(path)]
                 )
             else:
-                assert process.wait() == 0, process.said()
+                assert ended == 0, process.said()
                 assert same_weights(run, undisturbed)
                 runs += 1
     with started(tmp_path, *options, "--run_dir", run) as process:
@@ -152,7 +153,7 @@ def test_one_of_two_processes_is_asked_to_stop(options, reference_of_two, tmp_pa
     """Both stop at the same step and go on to the same weights."""
     options = (*options, "--run_dir", tmp_path / "run")
     with started_ranks(tmp_path, *free_ports(1), *options) as processes:
-        processes[0].wait_for_line("epoch  2/")
+        processes[0].wait_for_line("epoch  1/")
         processes[rank].signal(number)
         assert [process.wait() for process in processes] == [1, 1]
         assert "stopped on request at step" in processes[0].errors()[0]
