@@ -111,6 +111,7 @@ def test_time_to_accuracy(small_betons, tmp_path):
     record = json.loads((tmp_path / "time_to_accuracy-cpu.json").read_text())
     (row,) = record["tried"]
     assert row["n"] == 2
+    assert len(row["held_out"]) == 3
     assert row["mean_seconds"] == pytest.approx(statistics.fmean(row["seconds"]))
     assert len(row["accuracies"]) == 2  # that seeds differ: test_seeds_start_over
     assert set(record["reached"]) == {"5.0"}
