@@ -73,6 +73,7 @@ def build_space(name: str) -> Space:
         "shear": number(0.0, 15.0 if wide else 10.0),
         "translate": number(0.0, 0.15 if wide else 0.12),
         "scale": number(0.0, 0.25 if wide else 0.2),
+        "elastic": number(0.0, 2.0),
         "resampling": one_of(["nearest", "bilinear", "bicubic"]),
         "jitter": number(0.0, 0.4),
         "plain_epochs": whole(0, 6 if wide else 3),

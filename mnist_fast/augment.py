@@ -1,4 +1,4 @@
-"""Random affine maps, brightness and contrast of a batch, on its device.
+"""Random affine maps, elastic distortions, brightness and contrast of a batch, on its device.
 
 Every draw is a pure function of a key (from seed and epoch) and of the image's position in the
 epoch, so that it does not depend on how the epoch is cut into batches and shared among processes.
@@ -16,7 +16,9 @@ from torch import Tensor
 from mnist_fast.config import Config
 
 MEAN, SD = 0.1307, 0.3081  # of the pixels of MNIST's training images, scaled to 0..1
-DRAWS = 9  # uniform numbers that one image consumes
+DRAWS = 9  # uniform numbers that one image consumes, besides those of the elastic distortion
+CONTROL_POINTS = 5  # of the elastic distortion, along each side
+_ELASTIC = 0x2B992DDFA23249D6  # flips bits of the key: the elastic distortion has draws of its own
 _MASK = 0xFFFFFFFF
 
 
@@ -113,7 +115,30 @@ def affine_maps(p: Parameters) -> Tensor:
     return torch.stack([a, b, x, c, d, y], dim=1).unflatten(1, (2, 3))
 
 
-def warp(images: Tensor, maps: Tensor, resampling: str, fill: float) -> Tensor:
+def displacements(config: Config, key: Tensor, positions: Tensor, size: int) -> Tensor:
+    """Elastic distortions in pixels, float32 (batch, 2, size, size), x before y.
+
+    The points of a 5 x 5 grid over the image move by up to `config.elastic` pixels in x and in y,
+    uniformly and each by itself; what lies between them follows by bicubic interpolation. (Simard,
+    Steinkraus, Platt: Best Practices for Convolutional Neural Networks, 2003, smooth a displacement
+    per pixel instead.)
+    """
+    points = (CONTROL_POINTS, CONTROL_POINTS)
+    draws = uniform(key ^ _ELASTIC, positions, 2 * CONTROL_POINTS**2)
+    moves = ((2 * draws - 1) * config.elastic).unflatten(1, (2, *points))
+    # bicubic interpolation is linear, and the same along either side
+    unit = torch.eye(CONTROL_POINTS, device=draws.device)[None, None]
+    basis = F.interpolate(unit, (size, CONTROL_POINTS), mode="bicubic", align_corners=True)[0, 0]
+    return basis @ moves @ basis.T
+
+
+def warp(
+    images: Tensor,
+    maps: Tensor,
+    resampling: str,
+    fill: float,
+    displaced: Tensor | None = None,
+) -> Tensor:
     """Resamples images under affine maps.
 
     Args:
@@ -121,11 +146,14 @@ def warp(images: Tensor, maps: Tensor, resampling: str, fill: float) -> Tensor:
         maps: output pixel to input pixel, (batch, 2, 3), origin at the centre.
         resampling: nearest, bilinear or bicubic.
         fill: value outside the image.
+        displaced: pixels added to where a map leads, (batch, 2, size, size), x before y.
     """
     size = images.shape[-1]
     # theta maps coordinates scaled to -1..1: only the shift changes its unit
     theta = torch.cat([maps[:, :, :2], maps[:, :, 2:] * (2 / size)], dim=2)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    if displaced is not None:
+        grid = grid + displaced.permute(0, 2, 3, 1) * (2 / size)
     warped = F.grid_sample(images - fill, grid, resampling, "zeros", align_corners=False)
     return warped + fill
 
@@ -163,7 +191,7 @@ def normalise(images: Tensor) -> Tensor:
 def warps(config: Config) -> bool:
     """Whether the recipe moves pixels at all."""
     ranges = (config.rotation, config.affine_rotation, config.shear, config.translate)
-    return any(ranges) or (config.scale_min, config.scale_max) != (1.0, 1.0)
+    return any((*ranges, config.elastic)) or (config.scale_min, config.scale_max) != (1.0, 1.0)
 
 
 def augment(
@@ -171,7 +199,7 @@ def augment(
     images: Tensor,
     positions: Tensor,
     key: Tensor,
-    warp: Callable[[Tensor, Tensor, str, float], Tensor] = warp,
+    warp: Callable[[Tensor, Tensor, str, float, Tensor | None], Tensor] = warp,
 ) -> Tensor:
     """Augmented and normalised images.
 
@@ -188,9 +216,11 @@ def augment(
     pixels = scale_pixels(images)
     jitters = bool(config.brightness or config.contrast)
     if warps(config) or jitters:
-        p = draw_parameters(config, uniform(key, positions, DRAWS), images.shape[-1])
+        size = images.shape[-1]
+        p = draw_parameters(config, uniform(key, positions, DRAWS), size)
         if warps(config):
-            pixels = warp(pixels, affine_maps(p), config.resampling, config.fill / 255)
+            moves = displacements(config, key, positions, size) if config.elastic else None
+            pixels = warp(pixels, affine_maps(p), config.resampling, config.fill / 255, moves)
         if jitters:
             pixels = jitter(pixels, p)
     return normalise(pixels)

@@ -70,6 +70,7 @@ class Config:
     translate: float = option(0.0, "shift of the affine map, +- fraction of the image size")
     scale_min: float = option(1.0, "smallest scale of the affine map, factor")
     scale_max: float = option(1.0, "largest scale of the affine map, factor")
+    elastic: float = option(0.0, "elastic distortion: points of a 5 x 5 grid move by +- pixels")
     resampling: Literal["nearest", "bilinear", "bicubic"] = option("nearest", "interpolation")
     fill: int = option(0, "pixel value outside the image, 0-255")
     brightness: float = option(0.0, "brightness factor, uniform in 1 +- this")
@@ -165,6 +166,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "translate": (0, 1),
     "scale_min": (0.1, 10),
     "scale_max": (0.1, 10),
+    "elastic": (0, 14),
     "fill": (0, 255),
     "brightness": (0, 1),
     "contrast": (0, 1),

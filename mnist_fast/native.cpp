@@ -608,19 +608,24 @@ void predict(const Layer *layers, int count, const float *images, int number, in
 }
 
 // Nearest resampling of square images (number, size, size) under maps (number, 2, 3) from output to input pixels with
-// the origin in the centre; `fill` stands outside.
-void warp(const float *images, const float *maps, int number, int size, float fill, float *results) {
+// the origin in the centre, displaced, where that is not null, by (number, 2, size, size) pixels; `fill` stands outside.
+void warp(const float *images, const float *maps, const float *displaced, int number, int size, float fill,
+          float *results) {
   const float centre = (size - 1) / 2.0f;
-  for (int n = 0; n < number; n++, images += size * size, results += size * size, maps += 6) {
+  const int pixels = size * size;
+  for (int n = 0; n < number; n++, images += pixels, results += pixels, maps += 6) {
+    const float *moves = displaced ? displaced + size_t(n) * 2 * pixels : nullptr;
     for (int y = 0; y < size; y++) {
       const float dy = y - centre;
       for (int x = 0; x < size; x++) {
         const float dx = x - centre;
-        const float column = std::nearbyint(maps[0] * dx + maps[1] * dy + maps[2] + centre);
-        const float row = std::nearbyint(maps[3] * dx + maps[4] * dy + maps[5] + centre);
+        const int here = y * size + x;
+        const float right = moves ? moves[here] : 0, down = moves ? moves[pixels + here] : 0;
+        const float column = std::nearbyint(maps[0] * dx + maps[1] * dy + maps[2] + centre + right);
+        const float row = std::nearbyint(maps[3] * dx + maps[4] * dy + maps[5] + centre + down);
         const bool inside = (column >= 0) & (column < size) & (row >= 0) & (row < size);
         const float pixel = images[inside ? int(row) * size + int(column) : 0];  // read in any case: no branch
-        results[y * size + x] = inside ? pixel : fill;
+        results[here] = inside ? pixel : fill;
       }
     }
   }

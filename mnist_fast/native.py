@@ -76,7 +76,7 @@ def load_library() -> ctypes.CDLL | None:
         *(ctypes.c_float, number, number, integer, pointer),
     ]
     library.predict.argtypes = [pointer, integer, pointer, integer, integer, pointer]
-    library.warp.argtypes = [pointer, pointer, integer, integer, ctypes.c_float, pointer]
+    library.warp.argtypes = [pointer] * 3 + [integer, integer, ctypes.c_float, pointer]
     library.train.restype = library.predict.restype = library.warp.restype = None
     return library
 
@@ -192,16 +192,24 @@ def _address(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
-def warp(images: Tensor, maps: Tensor, resampling: str, fill: float) -> Tensor:
+def warp(
+    images: Tensor,
+    maps: Tensor,
+    resampling: str,
+    fill: float,
+    displaced: Tensor | None = None,
+) -> Tensor:
     """As `augment.warp`, whose arguments it takes; only nearest resampling is in native code."""
     library = load_library()
     if resampling != "nearest" or library is None:
-        return augment.warp(images, maps, resampling, fill)
+        return augment.warp(images, maps, resampling, fill, displaced)
     images, maps = images.contiguous(), maps.contiguous()
+    displaced = None if displaced is None else displaced.contiguous()
     results = torch.empty_like(images)
     count, size = images.shape[:2].numel(), images.shape[-1]
-    pointers = (images.data_ptr(), maps.data_ptr(), count, size)
-    library.warp(*pointers, fill, results.data_ptr())
+    moves = None if displaced is None else displaced.data_ptr()
+    pointers = (images.data_ptr(), maps.data_ptr(), moves)
+    library.warp(*pointers, count, size, fill, results.data_ptr())
     return results
 
 

@@ -21,6 +21,7 @@ from mnist_fast.augment import (
     Parameters,
     affine_maps,
     derive_key,
+    displacements,
     draw_parameters,
     jitter,
     normalise,
@@ -44,6 +45,7 @@ STRONG = Config(
     translate=0.2,
     scale_min=0.6,
     scale_max=1.5,
+    elastic=2.0,
     brightness=0.8,
     contrast=0.8,
 )
@@ -297,6 +299,36 @@ def test_parameters_are_independent_of_each_other():
     assert correlations.abs().max() < 4 / math.sqrt(5_000)
 
 
+def displaced(strength, count=COUNT):
+    key = torch.tensor(derive_key(1, 0, "augment"))
+    return displacements(Config(elastic=strength), key, torch.arange(count), SIZE)
+
+
+@pytest.mark.parametrize("resampling", ["nearest", "bilinear"])
+def test_elastic_distortions_are_torchvisions(pixels, resampling):
+    moves = displaced(1.5)
+    theirs = [
+        vision.elastic_transform(
+            image, displacement.permute(1, 2, 0)[None] * 2 / SIZE, InterpolationMode(resampling)
+        )
+        for image, displacement in zip(pixels, moves, strict=True)
+    ]
+    ours = warp(pixels, affine_maps(constant(COUNT)), resampling, 0.0, moves)
+    assert_same_pixels(ours, torch.stack(theirs), resampling)
+
+
+def test_elastic_distortions_interpolate_points_of_a_grid():
+    """The corners are points: uniform up to the strength, on their own; others are near theirs."""
+    moves = displaced(1.5, count=20_000)
+    corners = moves[:, :, [0, 0, -1, -1], [0, -1, 0, -1]].flatten(1)
+    for column in corners.T:
+        assert stats.kstest(column, "uniform", (-1.5, 3)).pvalue > 1e-4
+    assert (torch.corrcoef(corners.T) - torch.eye(8)).abs().max() < 0.03
+    steps = moves.diff(dim=3).abs()
+    assert steps.max() < 1.5  # of neighbouring pixels: points are 6.75 pixels apart
+    assert (displaced(3.0) / displaced(1.5)).allclose(torch.tensor(2.0), rtol=1e-3)
+
+
 def test_nothing_is_drawn_where_the_recipe_asks_for_nothing():
     p = drawn(Config(dropout=0.0))
     for name, value in NONE.items():
@@ -372,7 +404,7 @@ def test_off_only_normalises(digits):
 @pytest.mark.parametrize("resampling", ["nearest", "bilinear"])
 def test_the_pass_is_torchvisions_chain(digits, pixels, resampling):
     """Rotation and affine map in one resampling, jitter, then the normalisation behind it."""
-    config = dataclasses.replace(STRONG, rotation=0, resampling=resampling)
+    config = dataclasses.replace(STRONG, rotation=0, elastic=0, resampling=resampling)
     p = draw_parameters(config, numbers(torch.arange(COUNT)), SIZE)
     chain = []
     for i, image in enumerate(pixels):
@@ -406,10 +438,11 @@ def test_the_fill_is_in_pixel_values():
 
 
 @pytest.mark.parametrize(
-    "choice", ["rotation", "affine_rotation", "shear", "translate", "brightness", "contrast"]
+    "choice",
+    ["rotation", "affine_rotation", "shear", "translate", "elastic", "brightness", "contrast"],
 )
 def test_each_choice_alone_has_an_effect(digits, choice):
-    value = {"rotation": 20, "affine_rotation": 20, "shear": 20}.get(choice, 0.3)
+    value = {"rotation": 20, "affine_rotation": 20, "shear": 20, "elastic": 2}.get(choice, 0.3)
     changed = pass_over(Config(**{choice: value}), digits)
     assert not torch.allclose(changed, pass_over(Config(), digits))
 

@@ -30,6 +30,7 @@ FAST = Config(  # every part that a step has, in float32: a rest batch, EMA, a p
     translate=0.09,
     scale_min=0.9,
     scale_max=1.1,
+    elastic=1.0,
     brightness=0.2,
     contrast=0.2,
     resampling="bilinear",

@@ -160,9 +160,14 @@ def test_warp_is_torchs_but_for_rounding_at_the_middle_between_two_pixels():
     draws = torch.rand(64, augment.DRAWS, generator=generator)
     config = Config(affine_rotation=10, shear=10, translate=0.1, scale_min=0.8, scale_max=1.2)
     maps = augment.affine_maps(augment.draw_parameters(config, draws, 28))
-    ours = native.warp(images, maps, "nearest", 0.25)
-    assert (ours != augment.warp(images, maps, "nearest", 0.25)).float().mean() < 1e-3
-    assert (ours == 0.25).any()
+    key = torch.tensor(augment.derive_key(1, 0, "augment"))
+    moves = augment.displacements(Config(elastic=2.0), key, torch.arange(64), 28)
+    for displaced in (None, moves):
+        ours = native.warp(images, maps, "nearest", 0.25, displaced)
+        theirs = augment.warp(images, maps, "nearest", 0.25, displaced)
+        assert (ours != theirs).float().mean() < 1e-3
+        assert (ours == 0.25).any()
+    assert not torch.equal(ours, native.warp(images, maps, "nearest", 0.25))
 
 
 def test_warp_by_whole_pixels_moves_them():

@@ -28,6 +28,7 @@ CONFIG = Config(
     label_smoothing=0.1,
     rotation=15,
     translate=0.1,
+    elastic=1.0,
     brightness=0.3,
 )
 
