@@ -578,6 +578,30 @@ void Pass::finish_gradients(int index) {
   }
 }
 
+// See `warp`; DISPLACED: whether there are displacements, a question for the compiler and not for each pixel.
+template <bool DISPLACED>
+void resample(const float *images, const float *maps, const float *displaced, int number, int size, float fill,
+              float *results) {
+  const float centre = (size - 1) / 2.0f;
+  const int pixels = size * size;
+  for (int n = 0; n < number; n++, images += pixels, results += pixels, maps += 6) {
+    for (int y = 0; y < size; y++) {
+      const float dy = y - centre;
+      for (int x = 0; x < size; x++) {
+        const float dx = x - centre;
+        float column = maps[0] * dx + maps[1] * dy + maps[2] + centre;
+        float row = maps[3] * dx + maps[4] * dy + maps[5] + centre;
+        if constexpr (DISPLACED) column += displaced[y * size + x], row += displaced[pixels + y * size + x];
+        column = std::nearbyint(column), row = std::nearbyint(row);
+        const bool inside = (column >= 0) & (column < size) & (row >= 0) & (row < size);
+        const float pixel = images[inside ? int(row) * size + int(column) : 0];  // read in any case: no branch
+        results[y * size + x] = inside ? pixel : fill;
+      }
+    }
+    if constexpr (DISPLACED) displaced += 2 * pixels;
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -611,23 +635,6 @@ void predict(const Layer *layers, int count, const float *images, int number, in
 // the origin in the centre, displaced, where that is not null, by (number, 2, size, size) pixels; `fill` stands outside.
 void warp(const float *images, const float *maps, const float *displaced, int number, int size, float fill,
           float *results) {
-  const float centre = (size - 1) / 2.0f;
-  const int pixels = size * size;
-  for (int n = 0; n < number; n++, images += pixels, results += pixels, maps += 6) {
-    const float *moves = displaced ? displaced + size_t(n) * 2 * pixels : nullptr;
-    for (int y = 0; y < size; y++) {
-      const float dy = y - centre;
-      for (int x = 0; x < size; x++) {
-        const float dx = x - centre;
-        const int here = y * size + x;
-        const float right = moves ? moves[here] : 0, down = moves ? moves[pixels + here] : 0;
-        const float column = std::nearbyint(maps[0] * dx + maps[1] * dy + maps[2] + centre + right);
-        const float row = std::nearbyint(maps[3] * dx + maps[4] * dy + maps[5] + centre + down);
-        const bool inside = (column >= 0) & (column < size) & (row >= 0) & (row < size);
-        const float pixel = images[inside ? int(row) * size + int(column) : 0];  // read in any case: no branch
-        results[here] = inside ? pixel : fill;
-      }
-    }
-  }
+  (displaced ? resample<true> : resample<false>)(images, maps, displaced, number, size, fill, results);
 }
 }

@@ -188,7 +188,7 @@ def _address(tensor: Tensor | None) -> int | None:
     if tensor is None:
         return None
     if not tensor.is_contiguous() or tensor.dtype != torch.float32 or tensor.is_cuda:
-        raise ValueError("native code: parameters must be contiguous float32 on the CPU")
+        raise ValueError("native code: tensors must be contiguous float32 on the CPU")
     return tensor.data_ptr()
 
 
@@ -207,8 +207,7 @@ def warp(
     displaced = None if displaced is None else displaced.contiguous()
     results = torch.empty_like(images)
     count, size = images.shape[:2].numel(), images.shape[-1]
-    moves = None if displaced is None else displaced.data_ptr()
-    pointers = (images.data_ptr(), maps.data_ptr(), moves)
+    pointers = (images.data_ptr(), maps.data_ptr(), _address(displaced))
     library.warp(*pointers, count, size, fill, results.data_ptr())
     return results
 
