@@ -1,14 +1,20 @@
-"""What the benchmarks that launch train.py share: their options, and the file they leave."""
+"""What benchmarks share: a spread, and the options and the file of those that launch train.py."""
 
 import argparse
 import json
 import os
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 ABOUT = ("device", "dataset", "recipe", "epochs", "precision", "step", "git_commit", "versions")
+
+
+def sd(values: list[float]) -> float | None:
+    """Standard deviation of a sample, None where there are not two values."""
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def build_parser(description: str | None, rounds: int) -> argparse.ArgumentParser:

@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from notebook_baseline import RUN_AHEAD, Baseline, endless, notebook_network, open_loader  # noqa: E402
 
+from benchmarks.records import sd  # noqa: E402
 from data_prep import betons  # noqa: E402
 from mnist_fast.augment import MEAN, SD  # noqa: E402
 from mnist_fast.config import Config, load  # noqa: E402
@@ -386,7 +387,7 @@ def describe(
         "n": len(case.seconds),
         "median_seconds": median,
         "mean_seconds": statistics.fmean(case.seconds),
-        "sd_seconds": statistics.stdev(case.seconds) if len(case.seconds) > 1 else None,
+        "sd_seconds": sd(case.seconds),
         "images_per_second": images / median,
         "times_faster_than_baseline": baseline / median,
         "median_cpu_seconds": processor,

@@ -5,10 +5,10 @@
 Schedules are tried from the shortest on, with three seeds, without a twelfth of the training images
 (MNIST's last 5,000) and evaluated on it. Where that mean reaches the lowest open target, the
 schedule is trained on all of them and tested with every seed; should the test fall short, the next
-longer schedule is tried. The first run of either kind compiles, captures and warms up, and is
-discarded. A run's clock starts before the first shuffle and stops when the device has done the last
-step (device events on a GPU); evaluation is timed apart. Weights, statistics and momentum are set
-anew for every seed, in place. Writes time_to_accuracy-DEVICE.json.
+longer schedule is tried. A test's first run compiles, captures and warms up, and is discarded. A
+run's clock starts before the first shuffle and stops when the device has done the last step (device
+events on a GPU); evaluation is timed apart. Weights, statistics and momentum are set anew for every
+seed, in place. Writes time_to_accuracy-DEVICE.json.
 """
 
 import argparse
@@ -28,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from throughput import RAW, hardware, load_images, synchronise  # noqa: E402
 
+from benchmarks.records import sd  # noqa: E402
 from data_prep import betons  # noqa: E402
 from mnist_fast.config import Config, load  # noqa: E402
 from mnist_fast.data import ResidentFeed, Sharding, read_all  # noqa: E402
@@ -170,9 +171,6 @@ def summarise(result: Result) -> dict[str, Any]:
 
     def mean(values: list[float]) -> float | None:
         return statistics.fmean(values) if values else None
-
-    def sd(values: list[float]) -> float | None:
-        return statistics.stdev(values) if len(values) > 1 else None
 
     return dataclasses.asdict(result) | {
         "n": len(result.seconds),

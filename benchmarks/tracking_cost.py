@@ -72,15 +72,11 @@ def describe(runs: dict[str, list[dict[str, float]]], quantity: str) -> dict[str
     more = [a - b for a, b in zip(values["offline"], values["disabled"], strict=True)]
     means = {mode: statistics.fmean(values[mode]) for mode in MODES}
     each = {
-        mode: {"mean": means[mode], "sd": _sd(values[mode]), "values": values[mode]}
+        mode: {"mean": means[mode], "sd": records.sd(values[mode]), "values": values[mode]}
         for mode in MODES
     }
-    difference = {"mean": statistics.fmean(more), "sd": _sd(more)}
+    difference = {"mean": statistics.fmean(more), "sd": records.sd(more)}
     return each | {"difference": difference, "ratio": means["offline"] / means["disabled"]}
-
-
-def _sd(values: list[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def main() -> int:
