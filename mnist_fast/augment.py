@@ -123,9 +123,8 @@ def displacements(config: Config, key: Tensor, positions: Tensor, size: int) -> 
     Steinkraus, Platt: Best Practices for Convolutional Neural Networks, 2003, smooth a displacement
     per pixel instead.)
     """
-    points = (CONTROL_POINTS, CONTROL_POINTS)
     draws = uniform(key ^ _ELASTIC, positions, 2 * CONTROL_POINTS**2)
-    moves = ((2 * draws - 1) * config.elastic).unflatten(1, (2, *points))
+    moves = ((2 * draws - 1) * config.elastic).unflatten(1, (2, CONTROL_POINTS, CONTROL_POINTS))
     # bicubic interpolation is linear, and the same along either side
     unit = torch.eye(CONTROL_POINTS, device=draws.device)[None, None]
     basis = F.interpolate(unit, (size, CONTROL_POINTS), mode="bicubic", align_corners=True)[0, 0]

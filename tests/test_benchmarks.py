@@ -116,6 +116,12 @@ def test_time_to_accuracy(small_betons, tmp_path):
     assert len(row["accuracies"]) == 2  # that seeds differ: test_seeds_start_over
     assert set(record["reached"]) == {"5.0"}
     assert "99.99 %: not reached" in done.stdout
+    options = ("--quick", "--target", 99.99, "--step", "eager", "--data_dir", small_betons)
+    bench("time_to_accuracy", *options, "--out", tmp_path, timeout=200)
+    record = json.loads((tmp_path / "time_to_accuracy-cpu.json").read_text())
+    (row,) = record["tried"]  # held-out images said no: the test set was not read
+    assert len(row["held_out"]) == 3
+    assert (row["n"], row["accuracies"], row["mean_accuracy"]) == (0, [], None)
 
 
 @pytest.mark.slow
