@@ -8,7 +8,7 @@ schedule is trained on all of them and tested with every seed; should the test f
 longer schedule is tried. A test's first run compiles, captures and warms up, and is discarded. A
 run's clock starts before the first shuffle and stops when the device has done the last step (device
 events on a GPU); evaluation is timed apart. Weights, statistics and momentum are set anew for every
-seed, in place. Writes time_to_accuracy-DEVICE.json.
+seed, in place. time_to_accuracy-DEVICE.json is written anew after each schedule.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from mnist_fast.model import build_network  # noqa: E402
 from mnist_fast.runtime import Runtime  # noqa: E402
 from mnist_fast.schedule import learning_rate  # noqa: E402
 from mnist_fast.step import TrainingStep  # noqa: E402
+from mnist_fast.tracking import write_atomically  # noqa: E402
 
 SEARCH_SEEDS = range(11, 14)  # of the runs on held-out images
 # epochs, batch size, peak learning rate; by rising number of images, then of steps
@@ -224,19 +225,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows = range(manifest.test.samples)
     test = read_all(options.data_dir / manifest.test.file, rows, runtime.device)
     options.open = sorted(options.target)
-    tried, reached = [], {}
-    for schedule in SCHEDULES[:1] if options.quick else SCHEDULES:
-        if not options.open or time.monotonic() - started > 60 * options.minutes:
-            break
-        row = summarise(try_schedule(schedule, options, runtime, train, test))
-        tried.append(row)
-        print(format_line(row), flush=True)
-        while options.open and row["n"] and row["mean_accuracy"] >= options.open[0]:
-            reached[str(options.open.pop(0))] = row
-    for target in sorted(options.target):
-        found = reached.get(str(target))
-        print(f"{target} %: {format_line(found) if found else 'not reached'}")
     command = ["python", "benchmarks/time_to_accuracy.py", *(arguments or sys.argv[1:])]
+    tried: list[dict[str, Any]] = []
+    reached: dict[str, dict[str, Any]] = {}
     record = {
         "command": " ".join(command),
         "hardware": facts,
@@ -249,7 +240,18 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     kind = "gpu" if runtime.device.type == "cuda" else "cpu"
     path = options.out / f"time_to_accuracy-{kind}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    for schedule in SCHEDULES[:1] if options.quick else SCHEDULES:
+        if not options.open or time.monotonic() - started > 60 * options.minutes:
+            break
+        row = summarise(try_schedule(schedule, options, runtime, train, test))
+        tried.append(row)
+        print(format_line(row), flush=True)
+        while options.open and row["n"] and row["mean_accuracy"] >= options.open[0]:
+            reached[str(options.open.pop(0))] = row
+        write_atomically(path, json.dumps(record, indent=1) + "\n")
+    for target in sorted(options.target):
+        found = reached.get(str(target))
+        print(f"{target} %: {format_line(found) if found else 'not reached'}")
     runtime.close()
     return 0
 
