@@ -30,6 +30,7 @@ class Runtime:
     Attributes:
         device: where tensors live.
         device_name: that in words, with the threads of a CPU.
+        threads: for computing on the CPU.
         rank, world_size: number of this process, and of all.
         is_main: whether this process speaks and writes for all.
         precision: no, bf16 or fp16, resolved.
@@ -51,6 +52,7 @@ class Runtime:
             )
         self.device: torch.device = self.accelerator.device
         set_threads(config.threads)
+        self.threads = torch.get_num_threads()  # a native step leaves torch one of them
         self.device_name = device_name(self.device)
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes

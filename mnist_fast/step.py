@@ -206,10 +206,10 @@ class TrainingStep:
         averaged = copy.deepcopy(network).eval() if config.ema_decay else None
         self._native: native.NativeNetwork | None = None
         if self.mode == "native":
-            threads = torch.get_num_threads()
             torch.set_num_threads(1)  # what is left to torch is small; its threads would spin
-            network = self._native = native.NativeNetwork(network, threads)
-            averaged = native.NativeNetwork(averaged, threads).eval() if averaged else None
+            network = self._native = native.NativeNetwork(network, runtime.threads)
+            if averaged:
+                averaged = native.NativeNetwork(averaged, runtime.threads).eval()
         else:
             network = network.to(memory_format=torch.channels_last)
             averaged = averaged.to(memory_format=torch.channels_last) if averaged else None

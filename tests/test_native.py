@@ -216,6 +216,15 @@ def test_native_is_eager_within_rounding(runtime):
         assert difference <= 1e-2 * eager.state()[name].float().norm() + 1e-4, name
 
 
+def test_a_second_step_has_as_many_threads_as_the_first(runtime, monkeypatch):
+    """The first one leaves torch a single thread."""
+    monkeypatch.setattr(runtime, "threads", 2)
+    config = Config(precision="no", step="native", ema_decay=0.5)
+    steps = [trained(config, runtime) for _ in range(2)]
+    assert torch.get_num_threads() == 1
+    assert [n._threads for s in steps for n in (s.network, s.averaged)] == [2] * 4
+
+
 # Where it cannot be had
 
 
