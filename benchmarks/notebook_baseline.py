@@ -7,7 +7,6 @@ the same network; SGD through torch's defaults; and `.item()` in every step, whi
 device. Our own writing of what such notebooks do.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.records import count
 from mnist_fast.augment import MEAN, SD
+from mnist_fast.errors import Parser, run_main
 from mnist_fast.model import build_network
 
 WORKERS = 4
@@ -122,9 +123,9 @@ def main() -> int:
     """Measures the baseline alone."""
     from throughput import load_images
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=50, help="measured steps (default: 50)")
-    parser.add_argument("--batch_size", type=int, default=128, help="images (default: 128)")
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--steps", type=count, default=50, help="measured steps (default: 50)")
+    parser.add_argument("--batch_size", type=count, default=128, help="images (default: 128)")
     parser.add_argument("--data_dir", type=Path, default=Path("data/betons/mnist"))
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -140,4 +141,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_main(main, "benchmarks/notebook_baseline.py"))

@@ -1,14 +1,20 @@
-"""What benchmarks share: a spread, and the options and the file of those that launch train.py."""
+"""What benchmarks share: a spread, and options, end and file of those that launch train.py."""
 
 import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from mnist_fast.errors import Parser, run_main  # noqa: E402
+
 ABOUT = ("device", "dataset", "recipe", "epochs", "precision", "step", "git_commit", "versions")
 
 
@@ -17,16 +23,37 @@ def sd(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def build_parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
+def count(text: str) -> int:
+    """An option's whole number of at least 1."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return number
+
+
+def build_parser(description: str | None, rounds: int) -> Parser:
     """The options that all of them have; what it does not know is for train.py."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "--rounds", type=int, default=rounds, help=f"runs of each that count (default: {rounds})"
+        "--rounds", type=count, default=rounds, help=f"runs of each that count (default: {rounds})"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     return parser
+
+
+def run(main: Callable[[], int], program: str) -> int:
+    """Calls `main` and returns the exit status; where train.py failed, it is train.py's.
+
+    train.py has said why.
+    """
+    try:
+        return run_main(main, program)
+    except subprocess.CalledProcessError as error:
+        return max(error.returncode, 1)  # negative: it died of a signal
 
 
 def write(

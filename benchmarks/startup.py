@@ -70,7 +70,7 @@ def measure(choices: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
 def main() -> int:
     """Measures, prints, writes; options it does not know are handed on to train.py."""
     options, choices = records.build_parser(__doc__, rounds=3).parse_known_args()
-    choices = choices or ["--epochs", "1", "--wandb", "offline"]
+    choices = ["--epochs", "1", "--wandb", "offline", *choices]
     _, summary = measure(choices)
     runs: list[dict[str, float]] = []
     for _ in range(options.rounds):
@@ -85,4 +85,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(records.run(main, "benchmarks/startup.py"))

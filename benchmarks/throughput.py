@@ -32,12 +32,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from notebook_baseline import RUN_AHEAD, Baseline, endless, notebook_network, open_loader  # noqa: E402
 
-from benchmarks.records import sd  # noqa: E402
+from benchmarks.records import count, sd  # noqa: E402
 from data_prep import betons  # noqa: E402
 from mnist_fast.augment import MEAN, SD  # noqa: E402
 from mnist_fast.config import Config, load  # noqa: E402
 from mnist_fast.data import Batch, ResidentFeed, Sharding, StreamFeed, read_all  # noqa: E402
-from mnist_fast.errors import InputError, run_main  # noqa: E402
+from mnist_fast.errors import InputError, Parser, run_main  # noqa: E402
 from mnist_fast.loop import versions  # noqa: E402
 from mnist_fast.model import build_network  # noqa: E402
 from mnist_fast.runtime import Runtime, device_name  # noqa: E402
@@ -460,12 +460,12 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
+    parser = Parser(description=__doc__, formatter_class=RAW, allow_abbrev=False)
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data/betons/mnist")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--recipe", default="fast", help="of our cases (default: fast)")
     parser.add_argument("--minutes", type=float, default=12.0, help="in all (default: 12)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each case (default: 5)")
+    parser.add_argument("--rounds", type=count, default=5, help="turns of each case (default: 5)")
     parser.add_argument(
         "--images", type=int, default=0, help="in a turn (default: an epoch; 7,680 on a CPU)"
     )
@@ -515,4 +515,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, "throughput.py"))
+    sys.exit(run_main(main, "benchmarks/throughput.py"))

@@ -28,11 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from throughput import RAW, hardware, load_images, synchronise  # noqa: E402
 
-from benchmarks.records import sd  # noqa: E402
+from benchmarks.records import count, sd  # noqa: E402
 from data_prep import betons  # noqa: E402
 from mnist_fast.config import Config, load  # noqa: E402
 from mnist_fast.data import ResidentFeed, Sharding, read_all  # noqa: E402
-from mnist_fast.errors import run_main  # noqa: E402
+from mnist_fast.errors import Parser, run_main  # noqa: E402
 from mnist_fast.evaluate import evaluate  # noqa: E402
 from mnist_fast.loop import versions  # noqa: E402
 from mnist_fast.model import build_network  # noqa: E402
@@ -138,11 +138,9 @@ def try_schedule(
 ) -> Result:
     """Measures a schedule on held-out images; where that reaches an open target, tests it."""
     epochs, size, peak = schedule
-    arguments = {"recipe": options.recipe, "epochs": epochs, "batch_size": size}
-    pairs = [(f"--{k}", str(v)) for k, v in arguments.items()]
-    config = dataclasses.replace(
-        load([part for pair in pairs for part in pair]), learning_rate=peak, step=options.step
-    )
+    arguments = {"recipe": options.recipe, "step": options.step}
+    arguments |= {"epochs": epochs, "batch_size": size, "learning_rate": peak}
+    config = load([part for k, v in arguments.items() for part in (f"--{k}", str(v))])
 
     def evaluated(runner: Runner, images: Tensor, labels: Tensor) -> float:
         return evaluate(runner.step.best_network(), images, labels, runtime, len(labels)).accuracy
@@ -199,9 +197,9 @@ def format_line(row: dict[str, Any]) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RAW)
+    parser = Parser(description=__doc__, formatter_class=RAW, allow_abbrev=False)
     parser.add_argument("--target", type=float, nargs="+", default=[99.0, 99.4], help="percent")
-    parser.add_argument("--seeds", type=int, default=10, help="runs per test (default: 10)")
+    parser.add_argument("--seeds", type=count, default=10, help="runs per test (default: 10)")
     parser.add_argument(
         "--recipe", default="fast", help="what the schedules change (default: fast)"
     )
@@ -257,4 +255,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, "time_to_accuracy.py"))
+    sys.exit(run_main(main, "benchmarks/time_to_accuracy.py"))

@@ -61,9 +61,11 @@ def check(launched: "subprocess.Popen[bytes]") -> None:
 def main() -> int:
     """Measures, prints, writes; options it does not know are handed on to train.py."""
     parser = records.build_parser(__doc__, rounds=3)
-    parser.add_argument("--batch_size", type=int, default=512, help="global (default: 512)")
+    parser.add_argument(
+        "--batch_size", type=records.count, default=512, help="global (default: 512)"
+    )
     options, choices = parser.parse_known_args()
-    choices = choices or ["--epochs", "1"]
+    choices = ["--epochs", "1", *choices]
     half = options.batch_size // 2
     kinds = {
         "one": (1, 1, options.batch_size),
@@ -88,4 +90,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(records.run(main, "benchmarks/two_processes.py"))

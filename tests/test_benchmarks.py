@@ -10,10 +10,8 @@ import torch
 
 from mnist_fast.model import build_network
 
-SCRIPTS = (
-    *("throughput", "notebook_baseline", "time_to_accuracy"),
-    *("two_processes", "tracking_cost", "startup"),
-)
+LAUNCHING = ("two_processes", "tracking_cost", "startup")
+SCRIPTS = ("throughput", "notebook_baseline", "time_to_accuracy", *LAUNCHING)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +21,7 @@ def throughput():
     return throughput
 
 
-def bench(script, *arguments, timeout):
+def bench(script, *arguments, timeout, status=0):
     path = helpers.ROOT / "benchmarks" / f"{script}.py"
     done = helpers.launch(
         *(sys.executable, path, *arguments),
@@ -31,7 +29,7 @@ def bench(script, *arguments, timeout):
         timeout=timeout,
         environment={"OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return done
 
 
@@ -79,6 +77,32 @@ def test_help_tells_the_options(script):
     done = bench(script, "--help", timeout=100)
     assert "usage:" in done.stdout
     assert "default:" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "arguments", "fault"),
+    [
+        *((script, ["--rounds", 0], "argument --rounds: '0'") for script in LAUNCHING),
+        *((script, ["--epochs", 0], "epochs is 0") for script in LAUNCHING[:2]),
+        ("throughput", ["--rounds", "many"], "argument --rounds: 'many'"),
+        ("throughput", ["--data_dir", "nowhere"], "nowhere"),
+        ("time_to_accuracy", ["--seeds", -1], "argument --seeds: '-1'"),
+        ("time_to_accuracy", ["--step", "fast"], "step"),
+        ("notebook_baseline", ["--steps", 0], "argument --steps: '0'"),
+        ("notebook_baseline", ["--data_dir", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(script, arguments, fault, small_betons, tmp_path):
+    """Also where train.py refuses an option, but for Accelerate's launcher's own traceback."""
+    if "--data_dir" not in arguments:
+        arguments = [*arguments, "--data_dir", small_betons]
+    out = () if script == "notebook_baseline" else ("--out", tmp_path)
+    done = bench(script, *arguments, *out, timeout=100, status=2)
+    assert fault in done.stderr
+    assert "error: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
