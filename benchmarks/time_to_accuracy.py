@@ -198,13 +198,18 @@ def format_line(row: dict[str, Any]) -> str:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(description=__doc__, formatter_class=RAW, allow_abbrev=False)
-    parser.add_argument("--target", type=float, nargs="+", default=[99.0, 99.4], help="percent")
+    parser.add_argument(
+        "--target", type=float, nargs="+", default=[99.0, 99.4], help="percent (default: both)"
+    )
     parser.add_argument("--seeds", type=count, default=10, help="runs per test (default: 10)")
     parser.add_argument(
         "--recipe", default="fast", help="what the schedules change (default: fast)"
     )
     parser.add_argument("--step", default="auto", help="step mode (default: auto)")
-    parser.add_argument("--minutes", type=float, default=20.0, help="start no schedule after this")
+    parser.add_argument(
+        "--minutes", type=float, default=20.0, help="start no schedule after this (default: 20)"
+    )
+    parser.add_argument("--from_epochs", type=count, default=1, help="leave out shorter schedules")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data/betons/mnist")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--quick", action="store_true", help="one schedule, for tests")
@@ -239,6 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
     kind = "gpu" if runtime.device.type == "cuda" else "cpu"
     path = options.out / f"time_to_accuracy-{kind}.json"
     for schedule in SCHEDULES[:1] if options.quick else SCHEDULES:
+        if schedule[0] < options.from_epochs:
+            continue
         if not options.open or time.monotonic() - started > 60 * options.minutes:
             break
         row = summarise(try_schedule(schedule, options, runtime, train, test))
