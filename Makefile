@@ -26,13 +26,13 @@ train: setup ## prepare the data and train, e.g. make train ARGS="--epochs 1 --s
 	.venv/bin/accelerate launch train.py --dataset auto $(ARGS)
 
 test: setup ## the quick tests
-	$(LIMIT) 1230 $(PYTHON) -m pytest -m "not slow" $(ARGS)
+	$(LIMIT) 1590 $(PYTHON) -m pytest -m "not slow" $(ARGS)
 
 test-slow: setup test-needs ## the others: real training to accuracy, SLURM, faults
-	$(LIMIT) 2310 $(PYTHON) -m pytest -m slow $(ARGS)
+	$(LIMIT) 1950 $(PYTHON) -m pytest -m slow $(ARGS)
 
 test-all: setup test-needs ## all tests, under 45 minutes on two cores
-	$(LIMIT) 3500 $(PYTHON) -m pytest $(ARGS)
+	$(LIMIT) 3540 $(PYTHON) -m pytest $(ARGS)
 
 # Where they cannot be installed, the tests that need them are skipped and say so. Apart: not every Debian has both.
 test-needs:
