@@ -10,11 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mnist_fast.errors import Parser, run_main
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from mnist_fast.errors import Parser, run_main  # noqa: E402
-
 ABOUT = ("device", "dataset", "recipe", "epochs", "precision", "step", "git_commit", "versions")
 
 

@@ -40,7 +40,7 @@ def started_at(launcher: subprocess.Popen[bytes]) -> float:
             except psutil.Error:  # it has just ended
                 continue
         time.sleep(0.02)
-    raise subprocess.CalledProcessError(launcher.returncode or 1, launcher.args)
+    raise subprocess.CalledProcessError(launcher.returncode, launcher.args)
 
 
 def measure(choices: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
