@@ -31,7 +31,7 @@ test: setup ## the quick tests
 test-slow: setup test-needs ## the others: real training to accuracy, SLURM, faults
 	$(LIMIT) 1950 $(PYTHON) -m pytest -m slow $(ARGS)
 
-test-all: setup test-needs ## all tests, under 45 minutes on two cores
+test-all: setup test-needs ## all tests, under an hour on two cores
 	$(LIMIT) 3540 $(PYTHON) -m pytest $(ARGS)
 
 # Where they cannot be installed, the tests that need them are skipped and say so. Apart: not every Debian has both.

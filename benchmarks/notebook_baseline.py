@@ -123,7 +123,7 @@ def main() -> int:
     """Measures the baseline alone."""
     from throughput import load_images
 
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=count, default=50, help="measured steps (default: 50)")
     parser.add_argument("--batch_size", type=count, default=128, help="images (default: 128)")
     parser.add_argument("--data_dir", type=Path, default=Path("data/betons/mnist"))

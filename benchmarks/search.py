@@ -305,7 +305,6 @@ def build_parser() -> Parser:
         prog="benchmarks/search.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--space", choices=["fast", "record"], default="fast", help="recipe and its ranges")

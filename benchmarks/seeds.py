@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -28,12 +27,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import records  # noqa: E402
 from mnist_fast import signals  # noqa: E402
 from mnist_fast.config import Config, load  # noqa: E402
 from mnist_fast.errors import InputError, Parser, RunError, Stopped, run_main  # noqa: E402
 from mnist_fast.run_folder import make_writable  # noqa: E402
 
-GRACE = 60.0  # seconds that a run has for its checkpoint when it is asked to stop
 # choices that do not change what is learned, beside W&B's
 ASIDE = {"seed", "data_dir", "run_dir", "resume", "process_timeout", "checkpoint_every"}
 ASIDE |= {"threads", "profile"}
@@ -90,14 +89,8 @@ class Job:
 
     def stop(self) -> None:
         """Asks for a checkpoint, and kills the whole group when none comes in time."""
-        if self.process is None or self.process.poll() is not None:
-            return
-        self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(GRACE)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        if self.process is not None:
+            records.stop(self.process)
 
 
 def run_jobs(
@@ -216,9 +209,7 @@ def open_experiment(options: Sequence[str], runs: Path, prefix: str = "") -> Exp
     Raises:
         InputError: options that train.py would refuse, or that choose the seed or the folder.
     """
-    for name in ("seed", "run_dir", "resume"):
-        if any(word == f"--{name}" or word.startswith(f"--{name}=") for word in options):
-            raise InputError(f"--{name} is chosen here, from --first and --runs: leave it out")
+    records.refuse(options, ("seed", "run_dir", "resume"))
     config = load(options)
     if not any(word.split("=")[0] == "--wandb" for word in options):
         options = [*options, "--wandb", "disabled"]
@@ -291,16 +282,16 @@ def count_gpus() -> int:
 
 def work(folder: Path, seeds: Sequence[int], options: Sequence[str]) -> None:
     """Trains seeds side by side in this process and writes their summaries."""
+    from mnist_fast.files import write_atomically
     from mnist_fast.many import train_many
-    from mnist_fast.tracking import write_atomically
 
     def run_dir(seed: int) -> Path:
         return folder / f"seed-{seed}"
 
-    def note(_epoch: int, records: list[dict[str, Any]]) -> None:
+    def note(_epoch: int, lines: list[dict[str, Any]]) -> None:
         if signals.requested() is not None:
             raise Stopped("stopped on request")
-        for record in records:
+        for record in lines:
             with (run_dir(record["seed"]) / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
@@ -512,7 +503,6 @@ def build_parser() -> Parser:
         prog="benchmarks/seeds.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--recipe", default=Config.recipe, help="recipe to start from (default %(default)s)")

@@ -43,14 +43,14 @@ def started_at(launcher: subprocess.Popen[bytes]) -> float:
     raise subprocess.CalledProcessError(launcher.returncode, launcher.args)
 
 
-def measure(choices: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
+def measure(choices: list[str], timeout: float) -> tuple[dict[str, float], dict[str, Any]]:
     """Launches one run; its seconds and its `summary.json`."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, "-m", "accelerate.commands.launch", TRAIN, *choices]
         command += ["--run_dir", str(run)]
         begun = time.time()
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as launcher:
+        with records.time_limit(timeout), records.launch(command) as launcher:
             process = started_at(launcher)
             launcher.wait()
         ended = time.time()
@@ -69,12 +69,12 @@ def measure(choices: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
 
 def main() -> int:
     """Measures, prints, writes; options it does not know are handed on to train.py."""
-    options, choices = records.build_parser(__doc__, rounds=3).parse_known_args()
+    options, choices = records.parse(records.build_parser(__doc__, rounds=3))
     choices = ["--epochs", "1", "--wandb", "offline", *choices]
-    _, summary = measure(choices)
+    _, summary = measure(choices, options.run_timeout)
     runs: list[dict[str, float]] = []
     for _ in range(options.rounds):
-        seconds, summary = measure(choices)
+        seconds, summary = measure(choices, options.run_timeout)
         runs.append(seconds)
         print(*(f"{value:.2f} {name}" for name, value in runs[-1].items()), flush=True)
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}

@@ -32,14 +32,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from notebook_baseline import RUN_AHEAD, Baseline, endless, notebook_network, open_loader  # noqa: E402
 
-from benchmarks.records import count, sd  # noqa: E402
+from benchmarks.records import add_out, count, duration, sd  # noqa: E402
 from data_prep import betons  # noqa: E402
 from mnist_fast.augment import MEAN, SD  # noqa: E402
-from mnist_fast.config import Config, load  # noqa: E402
+from mnist_fast.config import Config, load, read_recipe  # noqa: E402
 from mnist_fast.data import Batch, ResidentFeed, Sharding, StreamFeed, read_all  # noqa: E402
 from mnist_fast.errors import InputError, Parser, run_main  # noqa: E402
 from mnist_fast.loop import versions  # noqa: E402
 from mnist_fast.model import build_network  # noqa: E402
+from mnist_fast.run_folder import make_writable  # noqa: E402
 from mnist_fast.runtime import Runtime, device_name  # noqa: E402
 from mnist_fast.step import TrainingStep  # noqa: E402
 
@@ -460,17 +461,20 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(description=__doc__, formatter_class=RAW, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=RAW)
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data/betons/mnist")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    add_out(parser)
     parser.add_argument("--recipe", default="fast", help="of our cases (default: fast)")
-    parser.add_argument("--minutes", type=float, default=12.0, help="in all (default: 12)")
+    parser.add_argument("--minutes", type=duration, default=12.0, help="in all (default: 12)")
     parser.add_argument("--rounds", type=count, default=5, help="turns of each case (default: 5)")
     parser.add_argument(
-        "--images", type=int, default=0, help="in a turn (default: an epoch; 7,680 on a CPU)"
+        "--images", type=count, help="in a turn (default: an epoch; 7,680 on a CPU)"
     )
     parser.add_argument("--quick", action="store_true", help="two of our cases and small ceilings")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    read_recipe(options.recipe)
+    make_writable(options.out, "--out")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -505,7 +509,6 @@ def main(arguments: list[str] | None = None) -> int:
         "left_out": left_out,
         "results": rows,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"throughput-{'gpu' if on_gpu else 'cpu'}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     draw(rows, facts["device"], path.with_suffix(".png"))

@@ -8,7 +8,7 @@ schedule is trained on all of them and tested with every seed; should the test f
 longer schedule is tried. A test's first run compiles, captures and warms up, and is discarded. A
 run's clock starts before the first shuffle and stops when the device has done the last step (device
 events on a GPU); evaluation is timed apart. Weights, statistics and momentum are set anew for every
-seed, in place. time_to_accuracy-DEVICE.json is written anew after each schedule.
+seed, in place. time_to_accuracy-DEVICE-TARGETS.json is written anew after each schedule.
 """
 
 import argparse
@@ -28,18 +28,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from throughput import RAW, hardware, load_images, synchronise  # noqa: E402
 
-from benchmarks.records import count, sd  # noqa: E402
+from benchmarks.records import add_out, count, duration, sd  # noqa: E402
 from data_prep import betons  # noqa: E402
 from mnist_fast.config import Config, load  # noqa: E402
 from mnist_fast.data import ResidentFeed, Sharding, read_all  # noqa: E402
 from mnist_fast.errors import Parser, run_main  # noqa: E402
 from mnist_fast.evaluate import evaluate  # noqa: E402
+from mnist_fast.files import write_atomically  # noqa: E402
 from mnist_fast.loop import versions  # noqa: E402
 from mnist_fast.model import build_network  # noqa: E402
+from mnist_fast.run_folder import make_writable  # noqa: E402
 from mnist_fast.runtime import Runtime  # noqa: E402
 from mnist_fast.schedule import learning_rate  # noqa: E402
 from mnist_fast.step import TrainingStep  # noqa: E402
-from mnist_fast.tracking import write_atomically  # noqa: E402
 
 SEARCH_SEEDS = range(11, 14)  # of the runs on held-out images
 # epochs, batch size, peak learning rate; by rising number of images, then of steps
@@ -197,9 +198,9 @@ def format_line(row: dict[str, Any]) -> str:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(description=__doc__, formatter_class=RAW, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=RAW)
     parser.add_argument(
-        "--target", type=float, nargs="+", default=[99.0, 99.4], help="percent (default: both)"
+        "--target", type=duration, nargs="+", default=[99.0, 99.4], help="percent (default: both)"
     )
     parser.add_argument("--seeds", type=count, default=10, help="runs per test (default: 10)")
     parser.add_argument(
@@ -207,13 +208,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--step", default="auto", help="step mode (default: auto)")
     parser.add_argument(
-        "--minutes", type=float, default=20.0, help="start no schedule after this (default: 20)"
+        "--minutes", type=duration, default=20.0, help="start no schedule after this (default: 20)"
     )
-    parser.add_argument("--from_epochs", type=count, default=1, help="leave out shorter schedules")
+    parser.add_argument(
+        "--from_epochs",
+        type=count,
+        default=1,
+        help="leave out schedules with fewer epochs (default: 1)",
+    )
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data/betons/mnist")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    add_out(parser)
     parser.add_argument("--quick", action="store_true", help="one schedule, for tests")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    longest = max(schedule[0] for schedule in SCHEDULES)
+    if options.from_epochs > longest:
+        parser.error(f"--from_epochs {options.from_epochs}: no schedule has more than {longest}")
+    make_writable(options.out, "--out")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -240,9 +251,9 @@ def main(arguments: list[str] | None = None) -> int:
         "tried": tried,
         "reached": reached,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
     kind = "gpu" if runtime.device.type == "cuda" else "cpu"
-    path = options.out / f"time_to_accuracy-{kind}.json"
+    path = options.out / "-".join(["time_to_accuracy", kind, *map(str, options.open)])
+    path = path.with_name(f"{path.name}.json")
     for schedule in SCHEDULES[:1] if options.quick else SCHEDULES:
         if schedule[0] < options.from_epochs:
             continue

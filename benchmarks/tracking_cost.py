@@ -1,7 +1,7 @@
 """What W&B costs a run: the same training with `--wandb offline` and with `--wandb disabled`.
 
     python benchmarks/tracking_cost.py --rounds 5
-    python benchmarks/tracking_cost.py --rounds 2 --dataset digits --epochs 2     # a trial
+    python benchmarks/tracking_cost.py --rounds 2 --dataset digits --epochs 2 --out /tmp/trial
 
 Launches train.py in turns, in the order offline, disabled, disabled, offline, ..., after one run
 that is not counted. Processor time is that of all its processes, W&B's own among them, and not
@@ -50,16 +50,17 @@ def wait(process: subprocess.Popen[bytes]) -> dict[str, float]:
     return dict(zip(QUANTITIES, (processor, wall), strict=True))
 
 
-def measure(mode: str, choices: list[str]) -> tuple[dict[str, float], dict[str, Any]]:
+def measure(
+    mode: str, choices: list[str], timeout: float
+) -> tuple[dict[str, float], dict[str, Any]]:
     """Trains once; returns its seconds and its `summary.json`."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         command = [sys.executable, str(ROOT / "train.py"), *choices]
         command += ["--wandb", mode, "--run_dir", str(run)]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
-        seconds = wait(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-        )
+        with records.time_limit(timeout), records.launch(command, environment) as process:
+            seconds = wait(process)
         return seconds, json.loads((run / "summary.json").read_text(encoding="utf-8"))
 
 
@@ -81,13 +82,13 @@ def describe(runs: dict[str, list[dict[str, float]]], quantity: str) -> dict[str
 
 def main() -> int:
     """Measures, prints, writes; options it does not know are handed on to train.py."""
-    options, choices = records.build_parser(__doc__, rounds=5).parse_known_args()
+    options, choices = records.parse(records.build_parser(__doc__, rounds=5))
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    _, summary = measure("offline", choices)  # fills caches
+    _, summary = measure("offline", choices, options.run_timeout)  # fills caches
     runs: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
     for index in range(options.rounds):
         for mode in MODES if index % 2 == 0 else MODES[::-1]:
-            seconds, summary = measure(mode, choices)
+            seconds, summary = measure(mode, choices, options.run_timeout)
             runs[mode].append(seconds)
             print(mode, *(f"{seconds[name]:.2f} {name}" for name in QUANTITIES), flush=True)
     results = {quantity: describe(runs, quantity) for quantity in QUANTITIES}

@@ -26,7 +26,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 
 
 def train(
-    at_once: int, ranks: int, batch_size: int, choices: list[str]
+    at_once: int, ranks: int, batch_size: int, choices: list[str], timeout: float
 ) -> tuple[float, dict[str, Any]]:
     """Trains in so many runs at once.
 
@@ -42,12 +42,10 @@ def train(
         command = [sys.executable, *(TORCHRUN if ranks == 2 else ()), str(ROOT / "train.py")]
         command += ["--wandb", "disabled", "--threads", "1", "--batch_size", str(batch_size)]
         commands = [[*command, "--run_dir", str(run), *choices] for run in runs]
-        with contextlib.ExitStack() as stack:
-            for words in commands:
-                launched = subprocess.Popen(
-                    words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
-                )
-                stack.callback(check, launched)
+        with records.time_limit(timeout), contextlib.ExitStack() as stack:
+            launched = [stack.enter_context(records.launch(w, environment)) for w in commands]
+            for process in launched:
+                check(process)
         summaries = [json.loads((run / "summary.json").read_text("utf-8")) for run in runs]
     return sum(summary["images_per_second"] for summary in summaries), summaries[0]
 
@@ -64,7 +62,7 @@ def main() -> int:
     parser.add_argument(
         "--batch_size", type=records.count, default=512, help="global (default: 512)"
     )
-    options, choices = parser.parse_known_args()
+    options, choices = records.parse(parser)
     choices = ["--epochs", "1", *choices]
     half = options.batch_size // 2
     kinds = {
@@ -75,7 +73,7 @@ def main() -> int:
     speeds: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(options.rounds):
         for name, kind in kinds.items():
-            speed, summary = train(*kind, choices)
+            speed, summary = train(*kind, choices, options.run_timeout)
             speeds[name].append(speed)
             print(f"{name}: {speed:,.0f} images/s", flush=True)
     medians = {name: statistics.median(found) for name, found in speeds.items()}

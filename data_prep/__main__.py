@@ -9,16 +9,9 @@ from typing import NoReturn
 from data_prep.betons import Manifest, default_folder, prepare, verify
 from data_prep.manifest import MANIFEST_NAME
 from data_prep.sources import DATASETS
-from mnist_fast.errors import InputError, run_main
+from mnist_fast.errors import Parser, run_main, some_path
 
 PROGRAM = "data_prep"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the command line in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (python -m data_prep --help lists the options)")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m data_prep",
         description="Turns MNIST or scikit-learn's digits into train.beton, test.beton and "
         "manifest.json. Exit status: 0 done, 2 bad usage or data, 1 anything else.",
@@ -50,14 +43,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--source",
-        type=Path,
+        type=some_path,
         metavar="ROOT",
         help="folder of the four MNIST files or of MNIST/raw "
         "(default: $MNIST_ROOT, then data/, then a download into data/)",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=some_path,
         metavar="DIR",
         help="folder of the betons (default: data/betons/DATASET)",
     )

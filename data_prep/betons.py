@@ -30,6 +30,7 @@ from data_prep.manifest import (
     data_sha256,
     is_foreign,
     load_manifest,
+    remedy,
 )
 from data_prep.sources import Source, find_mnist, load_source
 from data_prep.staging import Staging, staging
@@ -111,7 +112,7 @@ def verify(folder: Path, progress: bool = True) -> Manifest:
             if value != getattr(split, key):
                 raise InputError(
                     f"{Path(folder) / split.file}: {key} is {value} but {getattr(split, key)} in "
-                    f"{MANIFEST_NAME}: write it anew with `python -m data_prep`"
+                    f"{MANIFEST_NAME}: {remedy(folder, manifest.dataset, manifest.published)}"
                 )
     return manifest
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mnist_fast.errors import InputError
+from mnist_fast.files import read_file
 
 FORMAT = 1
 SPLITS = ("train", "test")
+DATASETS = ("mnist", "digits")
 CLASSES = 10
 IMAGE_SHAPE = (1, 28, 28)
 MANIFEST_NAME = "manifest.json"
@@ -86,30 +88,32 @@ def load_manifest(folder: Path) -> Manifest:
         InputError: it is missing, unreadable, malformed, or not of this version.
     """
     path = Path(folder) / MANIFEST_NAME
+    content = b""
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe might never end
-            raise ValueError("it is not a regular file")
-        with path.open("rb") as file:
-            content = file.read(_MAX_BYTES)
+        content = read_file(path, _MAX_BYTES)
         manifest = _manifest(json.loads(content))
         if manifest.to_json().encode() != content:
             raise ValueError("it is not as it was written")
         return manifest
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: {_remedy(folder)}") from None
+        raise InputError(f"{path} is missing: {remedy(folder)}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a valid manifest ({error}): {_remedy(folder)}") from None
+        named = re.search(rb'"dataset": "(mnist|digits)"', content)
+        dataset = named.group(1).decode() if named else None
+        how = remedy(folder, dataset, b'"published": false' not in content)
+        raise InputError(f"{path} is not a valid manifest ({error}): {how}") from None
 
 
 def is_foreign(folder: Path) -> bool:
     """Whether `folder/manifest.json` is there, and not even a damaged one of ours."""
     try:
-        with (Path(folder) / MANIFEST_NAME).open("rb") as file:
-            content = file.read(_MAX_BYTES)
+        content = read_file(Path(folder) / MANIFEST_NAME, _MAX_BYTES)
     except FileNotFoundError:
         return False
+    except OSError:  # a pipe, a folder, not readable: leave it alone
+        return True
     keys = (b'"format"', b'"image_shape"', b'"source_checksums"')
     return content != b"" and not any(key in content for key in keys)
 
@@ -123,21 +127,21 @@ def check(folder: Path) -> Manifest:
     manifest = load_manifest(folder)
     for split in manifest.splits().values():
         path = Path(folder) / split.file
-        remedy = _remedy(folder, manifest.dataset)
+        how = remedy(folder, manifest.dataset, manifest.published)
         if not path.is_file():
-            raise InputError(f"{path} is missing: {remedy}")
+            raise InputError(f"{path} is missing: {how}")
         try:
             with path.open("rb") as file:
                 size = path.stat().st_size
                 if size != split.bytes:
                     raise InputError(
-                        f"{path} has {size:,} bytes but {split.bytes:,} in the manifest: {remedy}"
+                        f"{path} has {size:,} bytes but {split.bytes:,} in the manifest: {how}"
                     )
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
         if sha256 != split.sha256:
-            raise InputError(f"{path} is not what was written (its sha256 differs): {remedy}")
+            raise InputError(f"{path} is not what was written (its sha256 differs): {how}")
     return manifest
 
 
@@ -146,9 +150,19 @@ def data_sha256(manifest: Manifest) -> str:
     return hashlib.sha256((manifest.train.sha256 + manifest.test.sha256).encode()).hexdigest()
 
 
-def _remedy(folder: Path, dataset: str | None = None) -> str:
-    option = f" --dataset {dataset}" if dataset else ""
-    return f"run `python -m data_prep{option} --out {folder}` to write it anew"
+def remedy(folder: Path, dataset: str | None = None, published: bool = True) -> str:
+    """What to do about betons that are not as they were written.
+
+    Args:
+        folder: theirs.
+        dataset: what they hold; None where that is not known, and the folder's name may say it.
+        published: whether they were written from the published files.
+    """
+    dataset = dataset or (folder.name if folder.name in DATASETS else "DATASET")
+    source = "" if published else " --source ROOT"
+    whence = "" if published else " from the same files"
+    command = f"python -m data_prep --dataset {dataset}{source} --out {folder}"
+    return f"run `{command}` to write it anew{whence}"
 
 
 def _manifest(document: Any) -> Manifest:
@@ -159,7 +173,7 @@ def _manifest(document: Any) -> Manifest:
         raise ValueError(f"format {document.get('format')!r} instead of {FORMAT}")
     document = {key: value for key, value in document.items() if key != _CHECKSUM}
     _require_keys(document, Manifest, "")
-    _require(document["dataset"] in ("mnist", "digits"), "dataset")
+    _require(document["dataset"] in DATASETS, "dataset")
     _require(isinstance(document["published"], bool), "published")
     _require(document["image_shape"] == list(IMAGE_SHAPE), "image_shape")
     _require(isinstance(document["source_origin"], str), "source_origin")

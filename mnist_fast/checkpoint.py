@@ -14,7 +14,6 @@ import math
 import os
 import re
 import shutil
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from mnist_fast.errors import InputError
+from mnist_fast.files import read_file
 
 FORMAT = 2
 KEEP = 2  # checkpoints left after pruning
@@ -183,19 +183,12 @@ def load(path: Path) -> Checkpoint:
 
 def _read(path: Path) -> bytes:
     """A regular file's bytes, neither through a link nor more than a checkpoint can have."""
+    if path.parent.is_symlink() or path.is_symlink():
+        raise CorruptCheckpointError(f"{path}: a symbolic link")
     try:
-        if path.parent.is_symlink() or path.is_symlink():
-            raise CorruptCheckpointError(f"{path}: a symbolic link")
-        # non-blocking: a pipe in the file's place would otherwise wait for its writer
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise CorruptCheckpointError(f"{path}: not a regular file")
-            content = file.read(LIMITS[path.name] + 1)
+        return read_file(path, LIMITS[path.name])
     except OSError as error:
         raise CorruptCheckpointError(f"{path}: {error.strerror}") from error
-    if len(content) > LIMITS[path.name]:
-        raise CorruptCheckpointError(f"{path}: more than {LIMITS[path.name]:,} bytes")
-    return content
 
 
 def _check_manifest(path: Path, contents: dict[str, bytes]) -> None:
@@ -280,12 +273,19 @@ def _is_record(record: Any, epoch: int) -> bool:
 FREE = {
     *("data_dir", "run_dir", "resume", "feed", "process_timeout", "checkpoint_every", "profile"),
     "tta",
-    *("wandb", "wandb_project", "wandb_entity", "wandb_name"),
-    *("wandb_group", "wandb_job_type", "wandb_tags", "wandb_notes"),
     *("precision", "step"),  # what they resolved to is compared
     "recipe",  # only the name: what it chose is compared key by key
     "dataset",  # the data's checksum is compared instead
 }
+
+
+def different_choice(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The first choice, by name, that makes two configurations another training."""
+    for key in sorted({*old, *new} - FREE):
+        same = key in old and key in new and old[key] == new[key]
+        if not same and not key.startswith("wandb"):
+            return key
+    return None
 
 
 def check_same_training(state: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -301,11 +301,8 @@ def check_same_training(state: dict[str, Any], wanted: dict[str, Any]) -> None:
     old, new = dict(state["config"]), dict(wanted["config"])
     if new["schedule"] != "onecycle" and not new["plain_epochs"] and state["epoch"] < new["epochs"]:
         old["epochs"] = new["epochs"]  # nothing before the end depends on it
-    for key in sorted({*old, *new} - FREE):
-        if key.startswith("wandb_"):
-            continue
-        if key not in old or key not in new or old[key] != new[key]:
-            _refuse(key, old.get(key), new.get(key))
+    if key := different_choice(old, new):
+        _refuse(key, old.get(key), new.get(key))
     for key in wanted:
         if key != "config" and state[key] != wanted[key]:
             _refuse(key, state[key], wanted[key])

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import yaml
 
 from mnist_fast.errors import InputError, one_line
+from mnist_fast.files import read_file
 
 RECIPES = Path(__file__).parent / "recipes"
-MAX_FILE = 100_000  # characters of a configuration file that are read
+MAX_FILE = 100_000  # bytes of a configuration file that are read
 TARGET_ACCURACY = 99.4  # percent of MNIST's test images
 
 
@@ -186,6 +187,12 @@ def recipe_names() -> list[str]:
 class _Loader(yaml.SafeLoader):
     """YAML without what is read as something else than was meant: see its constructors."""
 
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuses aliases: a few of them within each other fill all memory."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read")
+        return super().compose_node(parent, index)
+
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [key.value for key, _ in node.value]
@@ -208,13 +215,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a mapping from a YAML file; every fault is one `InputError` that names the file."""
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe might never end
-            raise InputError(f"{path}: not a regular file: name a readable YAML file")
-        with path.open(encoding="utf-8") as file:
-            text = file.read(MAX_FILE + 1)
-        if len(text) > MAX_FILE:
-            raise InputError(f"{path}: more than {MAX_FILE:,} characters")
-        content = yaml.load(text, _Loader)
+        content = yaml.load(read_file(path, MAX_FILE).decode(), _Loader)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}: name a readable YAML file") from error
     except (yaml.YAMLError, ValueError) as error:
@@ -303,6 +304,6 @@ def _checked(parser: Any, where: str, layer: dict[str, Any]) -> dict[str, Any]:
     return {name: checked[name] for name in layer}
 
 
-def dump(config: Config, path: Path) -> None:
-    """Writes the resolved choices as YAML that `--config` reads again."""
-    path.write_text(yaml.safe_dump(config.as_dict(), sort_keys=False), encoding="utf-8")
+def dump(config: Config) -> str:
+    """The resolved choices as YAML that `--config` reads again."""
+    return yaml.safe_dump(config.as_dict(), sort_keys=False)

@@ -4,7 +4,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 
 class _OneLineError(Exception):
@@ -40,11 +41,29 @@ class Stopped(BaseException):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line, as an `InputError`."""
+    """Says what is wrong with a command line in one line, as an `InputError`.
+
+    Options are written out, as train.py's are.
+    """
+
+    def __init__(self, **choices: Any):
+        super().__init__(allow_abbrev=False, **choices)
 
     def error(self, message: str) -> NoReturn:
         """Refuses the command line."""
         raise InputError(f"{message} ({self.prog} --help lists the options)")
+
+
+def some_text(text: str) -> str:
+    """The type of an option that cannot be empty: most often a shell variable is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give it a value")
+    return text
+
+
+def some_path(text: str) -> Path:
+    """The type of an option that names a file or folder; an empty name would be this folder."""
+    return Path(some_text(text))
 
 
 def one_line(error: BaseException) -> str:

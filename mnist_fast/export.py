@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from data_prep import betons
 from mnist_fast.augment import normalise, scale_pixels
 from mnist_fast.data import read_all
-from mnist_fast.errors import InputError, Parser, RunError, run_main
+from mnist_fast.errors import InputError, Parser, RunError, run_main, some_path
 from mnist_fast.evaluate import predict
 from mnist_fast.model import IMAGE_SIZE, Network
 from mnist_fast.predict import load_network
@@ -175,9 +175,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Writes the network in other formats, each verified on the test images: "
         "uint8 images (batch, 1, 28, 28) in, probabilities (batch, 10) out.",
     )
-    parser.add_argument("weights", type=Path, help="weights.safetensors of a run, or its folder")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the files (default: that of the weights)"
+        "weights", type=some_path, help="weights.safetensors of a run, or its folder"
+    )
+    parser.add_argument(
+        "--out",
+        type=some_path,
+        metavar="DIR",
+        help="folder of the files (default: that of the weights)",
     )
     parser.add_argument(
         "--format",
@@ -188,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--data_dir",
-        type=Path,
+        type=some_path,
         metavar="DIR",
         help="folder of the betons with the test images (default: data/betons/DATASET)",
     )

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -19,10 +20,10 @@ import torch
 from torch import Tensor
 
 from data_prep import betons
-from mnist_fast import checkpoint, profiling, progress, report, run_folder, signals
+from mnist_fast import checkpoint, files, profiling, progress, report, run_folder, signals
 from mnist_fast.augment import MEAN, SD, augment, derive_key
 from mnist_fast.checkpoint import Checkpoint
-from mnist_fast.config import Config
+from mnist_fast.config import Config, read_yaml
 from mnist_fast.data import ResidentFeed, Sharding, StreamFeed, read_all, share
 from mnist_fast.errors import InputError, RunError, Stopped
 from mnist_fast.evaluate import Evaluation, evaluate, inspect
@@ -32,6 +33,7 @@ from mnist_fast.schedule import learning_rate
 from mnist_fast.step import TrainingStep
 from mnist_fast.tracking import Tracker
 
+MAX_SUMMARY = 1_000_000  # bytes of a summary.json, which has about 2,000
 RESIDENT_FRACTION = 0.25  # of the device's free memory that a resident data set may take
 
 
@@ -129,7 +131,7 @@ class Training:
             return None
         with contextlib.suppress(OSError, ValueError):
             if (self.folder / "weights.safetensors").is_file():
-                return json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+                return json.loads(files.read_file(self.folder / "summary.json", MAX_SUMMARY))
         return None
 
     def _profile_folder(self) -> Path | None:
@@ -365,6 +367,15 @@ class Training:
         return found.state["wandb_id"]
 
     def _find_checkpoint(self) -> Checkpoint | None:
+        found, wanted = self._choose_checkpoint(), self.config.resume
+        elsewhere = wanted not in ("auto", "never") and (
+            self.folder.resolve() not in Path(wanted).resolve().parents
+        )
+        if found is None or elsewhere:
+            check_unused(self.folder, self.config)
+        return found
+
+    def _choose_checkpoint(self) -> Checkpoint | None:
         wanted, folder = self.config.resume, self.folder / "checkpoints"
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: not a folder: move it away, or choose another --run_dir")
@@ -397,7 +408,7 @@ class Training:
     def say(self, message: str) -> None:
         """Prints a line, on the main process."""
         if self.runtime.is_main:
-            print(message, flush=True)
+            files.say(message)
 
 
 @naming_lost_processes()
@@ -459,6 +470,35 @@ def choose_folder(config: Config, dataset: str) -> Path:
     folder = Path(config.run_dir or run_folder.make_new(Path("runs") / name))
     run_folder.lock(folder)
     return folder
+
+
+def check_unused(folder: Path, config: Config) -> None:
+    """Refuses a folder whose files a run from the beginning would replace.
+
+    Those of an earlier try of the same training may be: it was stopped before its first checkpoint.
+
+    Raises:
+        InputError: a file is of another run, or of something else.
+    """
+    names = ("config.yaml", "metrics.jsonl", "summary.json", "weights.safetensors")
+    there = [name for name in names if os.path.lexists(folder / name)]
+    if not there:
+        return
+    remedy = "choose another --run_dir, or move it away"
+    if there[0] != "config.yaml":
+        raise InputError(f"{folder / there[0]}: not of this run: {remedy}")
+    try:
+        old = read_yaml(folder / "config.yaml")
+    except InputError as error:
+        raise InputError(f"{error}: {remedy}") from error
+    new = config.as_dict()
+    key = checkpoint.different_choice(old, new)
+    if key is None and old.get("dataset") != config.dataset:
+        key = "dataset"
+    if key:
+        raise InputError(
+            f"{folder} holds a run with {key} {old.get(key)}, this one has {new.get(key)}: {remedy}"
+        )
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """The networks. `python -m mnist_fast.model` prints the layer table of one."""
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -8,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from mnist_fast.errors import InputError, run_main
+from mnist_fast.errors import InputError, Parser, run_main
 
 MAX_PARAMETERS = 8_000
 IMAGE_SIZE = 28
@@ -127,7 +126,7 @@ def build_network(name: str = "notebook", dropout: float = 0.0) -> Network:
         ValueError: the network has not the number of parameters it is listed with, or too many.
     """
     if name not in NETWORKS:
-        raise InputError(f"--network {name}: unknown, the networks are {', '.join(NETWORKS)}")
+        raise InputError(f"network {name}: unknown, the networks are {', '.join(NETWORKS)}")
     layers, expected = NETWORKS[name]
     network = Network(layers(dropout))
     count = check_parameters(network)
@@ -223,7 +222,7 @@ def format_table(network: Network) -> str:
 
 def main() -> int:
     """Prints the layer table of the network named on the command line."""
-    parser = argparse.ArgumentParser(prog="python -m mnist_fast.model", description=main.__doc__)
+    parser = Parser(prog="python -m mnist_fast.model", description=main.__doc__)
     parser.add_argument(
         "network", nargs="?", default="notebook", help=f"one of {', '.join(NETWORKS)}"
     )

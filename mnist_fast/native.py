@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mnist_fast import augment
+from mnist_fast.files import say
 from mnist_fast.model import CLASSES, IMAGE_SIZE, Network
 
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -68,7 +69,7 @@ def load_library() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(_compile()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or str(error)
-        print(f"step: no native code on this machine: {output.strip().splitlines()[0]}")
+        say(f"step: no native code on this machine: {output.strip().splitlines()[0]}")
         return None
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64
     library.train.argtypes = [

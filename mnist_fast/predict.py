@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 
-from mnist_fast.errors import InputError, Parser, RunError, run_main
+from mnist_fast.errors import InputError, Parser, RunError, run_main, some_path, some_text
 from mnist_fast.evaluate import predict
+from mnist_fast.files import drop_output, read_file
 from mnist_fast.model import CLASSES, IMAGE_SIZE, NETWORKS, Network, build_network
 
 PROGRAM = "python -m mnist_fast.predict"
@@ -120,19 +121,11 @@ def _read_file(path: Path) -> bytes:
     if os.path.isdir(path):
         raise ImageError(f"folder without {', '.join(SUFFIXES)} files")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError("not a regular file")
-            if status.st_size > MAX_FILE_BYTES:
-                raise ImageError(f"more than {MAX_FILE_BYTES / 1e6:.0f} MB")
-            content = file.read(MAX_FILE_BYTES)
+        return read_file(path, MAX_FILE_BYTES)
     except OSError as error:
         raise ImageError(error.strerror or str(error)) from error
     except ValueError as error:  # a name with a zero byte
         raise ImageError(str(error)) from error
-    return content
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -339,8 +332,7 @@ def _print(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as error:
-        # what is left in the buffer would fail again at Python's end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         raise RunError(f"standard output: {error.strerror}") from error
 
 
@@ -352,10 +344,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "on dark: one digit per image, on a plain background. Prints file, digit and its "
         "probability. Exit status: 0 all read, 1 some could not be read, 2 bad usage or weights.",
     )
-    parser.add_argument("weights", type=Path, help="weights.safetensors of a run, or its folder")
+    parser.add_argument(
+        "weights", type=some_path, help="weights.safetensors of a run, or its folder"
+    )
     parser.add_argument(
         "images",
         nargs="+",
+        type=some_text,
         metavar="IMAGE",
         help="image file, folder of such, or -: an image or a list of files on standard input",
     )

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mnist_fast.config import TARGET_ACCURACY, Config, read_recipe, read_yaml, recipe_names
-from mnist_fast.errors import InputError, Parser, run_main
+from mnist_fast.errors import InputError, Parser, one_line, run_main, some_path
+from mnist_fast.files import read_file
 from mnist_fast.schedule import learning_rate
 
 if TYPE_CHECKING:  # matplotlib and torch take seconds to load
@@ -33,6 +34,7 @@ STYLES = ("-", "--", "-.", ":")
 TEST, TRAIN = COLOURS[0], COLOURS[1]
 DPI = 150
 MISREAD_SHOWN = 40
+MAX_FILE = 100_000_000  # bytes of a run's file that is read
 LARGEST = 1e100  # of a metric that is read: pictures of more fail, as those of infinity do
 # Choices that say where and how a run was made, not what was trained
 PLACES = (
@@ -320,18 +322,21 @@ def read_run(folder: Path) -> Run:
     """
     metrics = folder / "metrics.jsonl"
     try:
-        lines = metrics.read_text(encoding="utf-8").splitlines()
+        lines = read_file(metrics, MAX_FILE).splitlines()
         records = [json.loads(line) for line in lines]
         file = folder / "summary.json"
-        summary = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        summary = json.loads(read_file(file, MAX_FILE)) if file.exists() else {}
         for record in records:
             _check_record(record)
+        if len({held_out_of(record) for record in records}) > 1:
+            raise ValueError("metrics.jsonl has epochs of test and of validation images")
         if not isinstance(summary, dict):
             raise ValueError("summary.json does not hold an object")
     except OSError as error:
         raise InputError(f"{error.filename}: {error.strerror}: is {folder} a run?") from error
-    except ValueError as error:  # JSON's and Unicode's errors too
-        raise InputError(f"{folder} does not hold a readable run: {error}") from error
+    except (ValueError, RecursionError) as error:  # JSON's and Unicode's errors too
+        fault = f"{folder} does not hold a readable run: {one_line(error)}"
+        raise InputError(f"{fault}: leave it out, or put its files back") from error
     if not records:
         raise InputError(f"{metrics} has no finished epoch yet")
     return Run(folder, read_yaml(folder / "config.yaml"), records, summary)
@@ -344,9 +349,9 @@ def _check_record(record: Any) -> None:
     keys = ("epoch", "train_accuracy", "train_loss", f"{name}_accuracy", f"{name}_loss")
     for key in keys:
         value = record.get(key)
-        if not isinstance(value, int | float):
+        if not isinstance(value, int | float) or isinstance(value, bool):
             raise ValueError(f"metrics.jsonl has a line without the number {key}")
-        if not abs(value) < LARGEST:
+        if not 0 <= value < LARGEST:
             raise ValueError(f"metrics.jsonl has a line whose {key} is {value}")
 
 
@@ -516,7 +521,7 @@ def _table(rows: Iterable[Sequence[str]], head: Sequence[str]) -> str:
 def _run_pictures(run: Run) -> str:
     paths = [run.folder / "figures" / f"{name}.png" for name in FIGURES]
     images = [
-        _image(path.read_bytes(), f"{path.stem.replace('_', ' ')} of {run.folder.name}")
+        _image(read_file(path, MAX_FILE), f"{path.stem.replace('_', ' ')} of {run.folder.name}")
         for path in paths
         if path.is_file()
     ]
@@ -537,10 +542,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Compares runs in one HTML page and one PNG. Runs that differ only in their "
         "seed are drawn as mean and standard deviation.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("runs", nargs="+", type=some_path, metavar="RUN", help="folder of a run")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=some_path,
         default=Path("runs/comparison"),
         metavar="DIR",
         help="folder of comparison.html and comparison.png (default: runs/comparison)",
@@ -555,7 +560,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (options.out / "comparison.png").write_bytes(picture)
         (options.out / "comparison.html").write_text(page, encoding="utf-8")
     except OSError as error:
-        raise InputError(f"--out {options.out}: {error.strerror}") from error
+        raise InputError(f"--out {options.out}: {error.strerror}: choose another") from error
     for title, runs in groups.items():
         cells = _group_cells((title, runs))
         sd = f" sd {cells[4]}" if cells[4] else ""

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mnist_fast.errors import InputError, RunError, Stopped
+from mnist_fast.files import read_file
 
 LOCK, STATUS = ".lock", "status.json"
+MAX_STATUS = 100_000  # bytes of a status.json
 _descriptors: dict[Path, int] = {}  # of the locks that this process holds
 
 
@@ -102,7 +104,7 @@ def reporting(folder: Path, active: bool) -> Iterator[None]:
     try:
         if active:
             with contextlib.suppress(OSError):
-                before = (folder / STATUS).read_bytes()
+                before = read_file(folder / STATUS, MAX_STATUS)
             write_status(folder, "running")
         yield
         status = "finished"

@@ -23,6 +23,7 @@ from mnist_fast.augment import augment, derive_key, normalise, scale_pixels
 from mnist_fast.config import Config
 from mnist_fast.data import Batch, Sharding
 from mnist_fast.errors import InputError
+from mnist_fast.files import say
 from mnist_fast.model import Network
 from mnist_fast.muon import Muon
 from mnist_fast.runtime import Runtime
@@ -200,7 +201,7 @@ class TrainingStep:
         # a node without a compiler: the processes reduce gradients differently from mode to mode
         self.mode = modes.pop() if len(modes) == 1 else "eager"
         if self.mode == "eager" and config.step not in ("auto", "eager") and runtime.is_main:
-            print("step: eager, because fp16's loss scaling waits for the host in every step")
+            say("step: eager, because fp16's loss scaling waits for the host in every step")
         device = runtime.device
         network = network.to(device)
         averaged = copy.deepcopy(network).eval() if config.ema_decay else None

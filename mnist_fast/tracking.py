@@ -14,6 +14,7 @@ from typing import Any
 from mnist_fast.config import TARGET_ACCURACY, Config, dump
 from mnist_fast.errors import one_line
 from mnist_fast.evaluate import Outcome
+from mnist_fast.files import say, write_atomically
 from mnist_fast.model import Layer
 from mnist_fast.runtime import Runtime
 
@@ -59,7 +60,7 @@ class Tracker:
         if not self.active:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        dump(self.config, self.folder / "config.yaml")
+        write_atomically(self.folder / "config.yaml", dump(self.config))
         write_atomically(self.folder / "metrics.jsonl", "".join(map(_line, records)))
         self._records = list(records)
         self._passed = any(map(self._passes, records))
@@ -281,7 +282,7 @@ class Tracker:
             self.close(exit_code=1)
 
     def _say(self, message: str) -> None:
-        print(f"tracking: {message}", flush=True)
+        say(f"tracking: {message}")
 
 
 # Validation metrics keep plain numbers in W&B's summary: a sweep reads them there.
@@ -321,16 +322,6 @@ def tile(images: Any, columns: int = 8) -> Any:
 def slurm_facts() -> dict[str, str]:
     """What SLURM says about the job, by variable in lower case; empty outside a job."""
     return {name.lower(): os.environ[name] for name in SLURM if name in os.environ}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file in one step: readers see the old or the new content."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

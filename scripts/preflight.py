@@ -28,6 +28,8 @@ LIBRARIES = {
     "ffcv": "ffcv",
     "wandb": "wandb",
     "jsonargparse": "jsonargparse",
+    "yaml": "pyyaml",
+    "psutil": "psutil",
     "safetensors": "safetensors",
     "matplotlib": "matplotlib",
     "sklearn": "scikit-learn",

@@ -26,8 +26,12 @@ fail() {
 [[ $# -eq 1 ]] || fail "name one sweep, ENTITY/PROJECT/ID, as wandb sweep prints it"
 cd "$SLURM_SUBMIT_DIR"
 [[ -f train.py ]] || fail "$PWD is not the top of the repository: submit from there"
-# shellcheck source=/dev/null
-[[ ! -f slurm/site.sh ]] || source slurm/site.sh
+if [[ -f slurm/site.sh ]]; then
+  set +u # module and conda touch variables that are not set
+  # shellcheck source=/dev/null
+  source slurm/site.sh
+  set -u
+fi
 PYTHON=${PYTHON:-$PWD/.venv/bin/python}
 [[ -x $PYTHON ]] || fail "$PYTHON is not there: run make setup, or set PYTHON"
 PATH=$(dirname "$PYTHON"):$PATH # the sweep's command says python

@@ -27,8 +27,12 @@ fail() {
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "runs under SLURM only: sbatch slurm/train.sh"
 cd "$SLURM_SUBMIT_DIR"
 [[ -f train.py && -f slurm/node.sh ]] || fail "$PWD is not the top of the repository: submit from there"
-# shellcheck source=/dev/null
-[[ ! -f slurm/site.sh ]] || source slurm/site.sh
+if [[ -f slurm/site.sh ]]; then
+  set +u # module and conda touch variables that are not set
+  # shellcheck source=/dev/null
+  source slurm/site.sh
+  set -u
+fi
 export PYTHON=${PYTHON:-$PWD/.venv/bin/python}
 [[ -x $PYTHON ]] || fail "$PYTHON is not there: run make setup, or set PYTHON"
 

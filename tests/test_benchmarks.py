@@ -1,13 +1,16 @@
 """The benchmarks run, on the digits and with few steps, and what they report adds up."""
 
 import json
+import signal
 import statistics
 import sys
+import time
 
 import helpers
 import pytest
 import torch
 
+from mnist_fast.errors import RunError
 from mnist_fast.model import build_network
 
 LAUNCHING = ("two_processes", "tracking_cost", "startup")
@@ -85,7 +88,10 @@ def test_help_tells_the_options(script):
     [
         *((script, ["--rounds", 0], "argument --rounds: '0'") for script in LAUNCHING),
         ("two_processes", ["--epochs", 0], "epochs is 0"),
+        ("two_processes", ["--run_dir", "mine"], "--run_dir is chosen by the benchmark"),
         ("throughput", ["--data_dir", "nowhere"], "nowhere"),
+        ("throughput", ["--minutes", "nan"], "argument --minutes: 'nan'"),
+        ("time_to_accuracy", ["--from_epochs", 99], "no schedule has more than"),
         ("time_to_accuracy", ["--seeds", -1], "argument --seeds: '-1'"),
         ("time_to_accuracy", ["--step", "fast"], "step"),
         ("notebook_baseline", ["--data_dir", "nowhere"], "nowhere"),
@@ -101,6 +107,32 @@ def test_bad_input_is_one_line(script, arguments, fault, small_betons, tmp_path)
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "notebook_baseline"])
+def test_a_folder_that_cannot_be_written_is_refused_first(script, small_betons, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    options = ("--data_dir", small_betons, "--out", tmp_path / "file")
+    done = bench(script, *options, timeout=100, status=2)
+    assert "choose another --out" in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_is_launched_ends_with_the_benchmark(monkeypatch):
+    from benchmarks import records
+
+    monkeypatch.setattr(records, "GRACE", 0.5)
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(100)"
+    started = time.monotonic()
+    with (
+        pytest.raises(RunError, match="not finished after 2 s: see --run_timeout"),
+        records.time_limit(2),
+        records.launch([sys.executable, "-c", code]) as process,
+    ):
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.slow
@@ -130,7 +162,7 @@ def test_time_to_accuracy(small_betons, tmp_path):
     done = bench(
         "time_to_accuracy", *options, "--data_dir", small_betons, "--out", tmp_path, timeout=200
     )
-    record = json.loads((tmp_path / "time_to_accuracy-cpu.json").read_text())
+    record = json.loads((tmp_path / "time_to_accuracy-cpu-5.0-99.99.json").read_text())
     (row,) = record["tried"]
     assert row["n"] == 2
     assert len(row["held_out"]) == 3
@@ -140,7 +172,7 @@ def test_time_to_accuracy(small_betons, tmp_path):
     assert "99.99 %: not reached" in done.stdout
     options = ("--quick", "--target", 99.99, "--step", "eager", "--data_dir", small_betons)
     bench("time_to_accuracy", *options, "--out", tmp_path, timeout=200)
-    record = json.loads((tmp_path / "time_to_accuracy-cpu.json").read_text())
+    record = json.loads((tmp_path / "time_to_accuracy-cpu-99.99.json").read_text())
     (row,) = record["tried"]  # held-out images said no: the test set was not read
     assert len(row["held_out"]) == 3
     assert (row["n"], row["accuracies"], row["mean_accuracy"]) == (0, [], None)

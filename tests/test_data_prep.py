@@ -477,6 +477,14 @@ def test_files_of_others_are_left_alone(
         assert (tmp_path / name).read_text() == f'{{"name": "precious {name}"}}'
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_manifest_is_left_alone(make, idx_root: Path, tmp_path: Path, capsys) -> None:
+    make(tmp_path / "manifest.json")
+    status = run("--source", idx_root, "--out", tmp_path)
+    assert_refused(capsys, status, r"manifest.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
 def test_other_betons_beside_a_killed_run_are_left_alone(
     prepared: Path, idx_root: Path, tmp_path: Path, capsys
 ) -> None:
@@ -592,6 +600,19 @@ def test_malformed_manifest(text: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match="is not a valid manifest"):
         load_manifest(tmp_path)
+
+
+def test_the_remedy_names_the_command_that_wrote_it(prepared: Path, tmp_path: Path) -> None:
+    text = (prepared / "manifest.json").read_text()
+    assert json.loads(text)["published"] is False
+    (tmp_path / "manifest.json").write_text(text.replace('"format": 1', '"format": 7'))
+    with pytest.raises(InputError, match=r"--dataset mnist --source ROOT --out .* the same files"):
+        load_manifest(tmp_path)
+    (tmp_path / "digits").mkdir()
+    with pytest.raises(InputError, match=r"--dataset digits --out .*digits` to write it anew$"):
+        load_manifest(tmp_path / "digits")
+    with pytest.raises(InputError, match=r"--dataset DATASET --out"):
+        load_manifest(tmp_path / "nothing")
 
 
 def test_manifest_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

@@ -244,6 +244,24 @@ def test_a_disk_that_is_full_from_the_start(options, tmpfs, tmp_path, size):
         assert "Traceback" not in process.said()
 
 
+@pytest.mark.parametrize("output", ["a closed pipe", "/dev/full"])
+def test_training_goes_on_without_standard_output(options, reference, tmp_path, output):
+    reader, writer = os.pipe()
+    os.close(reader)
+    if output == "/dev/full":
+        os.close(writer)
+        writer = os.open(output, os.O_WRONLY)
+    command = [sys.executable, helpers.TRAIN, *options, "--run_dir", tmp_path / "run"]
+    done = subprocess.run(
+        command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=300
+    )
+    os.close(writer)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("going on without it") == 1
+    assert "Traceback" not in done.stderr
+    assert same_weights(tmp_path / "run", reference[0])
+
+
 def test_a_read_only_run_folder(options, tmpfs, tmp_path):
     run = tmpfs(64, "ro") / "run"
     with started(tmp_path, *options, "--run_dir", run) as process:

@@ -1,6 +1,7 @@
 """Whole runs in this process, on the digits: what they leave, and what they depend on."""
 
 import dataclasses
+import os
 import shutil
 
 import pytest
@@ -334,6 +335,53 @@ def test_a_file_in_the_checkpoints_place_is_refused(small_betons, tmp_path):
     with pytest.raises(InputError, match="checkpoints: not a folder: move it away"):
         run(small_betons, tmp_path)
     assert (tmp_path / "checkpoints").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "named"),
+    [
+        (("config.yaml",), (), "holds a run with .*, this one has .*: choose another --run_dir"),
+        (("metrics.jsonl",), (), "metrics.jsonl: not of this run"),
+        (("summary.json", "weights.safetensors"), (), "summary.json: not of this run"),
+        (None, ("--seed", 2), "holds a run with seed 1, this one has 2"),
+        (None, ("--seed", 2, "--resume", "never"), "holds a run with seed 1, this one has 2"),
+    ],
+)
+def test_what_another_run_left_is_not_replaced(
+    short, small_betons, tmp_path, names, options, named
+):
+    """Also where that one's checkpoints are gone."""
+    folder = tmp_path / "run"
+    if names is None:
+        shutil.copytree(short, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    for name in names or ():
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text("precious: 1")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=named):
+        run(small_betons, folder, "--recipe", "notebook", "--learning_rate", 0.1, *options)
+    after = {path: path.read_bytes() for path in before}
+    assert after == before
+
+
+def test_a_try_without_a_checkpoint_is_begun_again(short, small_betons, tmp_path):
+    """As after a power failure in the first epoch: the same command goes on."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(short / name, folder)
+    run(small_betons, folder, "--recipe", "notebook", "--learning_rate", 0.1)
+    assert same_weights(short, folder)
+    assert len(read_records(folder)) == 2
+
+
+def test_a_pipe_in_the_summarys_place_is_not_waited_for(short, small_betons, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(short, folder)
+    (folder / "summary.json").unlink()
+    os.mkfifo(folder / "summary.json")
+    run(small_betons, folder, "--recipe", "notebook", "--learning_rate", 0.1)
+    assert read_summary(folder)["epochs"] == 2
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(small_betons, tmp_path):

@@ -1,6 +1,7 @@
 """A run's pictures and words, and the page that compares runs, seen in a real browser."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -69,7 +70,7 @@ def make_run(folder, accuracies=(98.0, 99.1, 99.5), finished=True, recorded="mni
     folder.mkdir(parents=True)
     recipe = choices.get("recipe", "fast")
     config = Config(**(read_recipe(recipe) | {"recipe": recipe, "run_dir": str(folder)} | choices))
-    dump(config, folder / "config.yaml")
+    (folder / "config.yaml").write_text(dump(config))
     records = [record | {"dataset": recorded} for record in make_records(accuracies)]
     lines = "".join(json.dumps(record) + "\n" for record in records)
     (folder / "metrics.jsonl").write_text(lines)
@@ -346,6 +347,7 @@ METRICS = (
         (None, "No such file"),
         ("", "no finished epoch"),
         ("{", "does not hold a readable run"),
+        (100_000 * "[", "does not hold a readable run"),
         ("[1]\n", "not an object"),
         ('{"epoch": 1, "test_accuracy": "high"}\n', "without the number"),
         (METRICS % "NaN", "readable run: .* whose test_accuracy is nan"),
@@ -361,6 +363,24 @@ def test_a_folder_that_is_no_run(tmp_path, content, message):
     with pytest.raises(InputError, match=message):
         report.main([str(folder), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    folder = make_run(tmp_path / "run")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=f"{name}: not a regular file"):
+        report.main([str(folder), "--out", str(tmp_path / "out")])
+
+
+def test_runs_of_two_kinds_of_images_are_not_mixed(tmp_path):
+    folder = make_run(tmp_path / "run")
+    line = json.dumps(make_records([99.0], "validation")[0]) + "\n"
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(line)
+    with pytest.raises(InputError, match="epochs of test and of validation images"):
+        report.main([str(folder), "--out", str(tmp_path / "out")])
 
 
 def test_no_runs_is_one_line():

@@ -123,7 +123,7 @@ def test_a_hanging_job_is_stopped(tmp_path):
 
 
 def test_a_job_that_ignores_the_request_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(seeds, "GRACE", 0.5)
+    monkeypatch.setattr(seeds.records, "GRACE", 0.5)
     code = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True)"
     )

@@ -32,6 +32,20 @@ def test_shellcheck():
     subprocess.run(["shellcheck", "-x", *scripts], check=True, timeout=60, cwd=helpers.ROOT)
 
 
+@pytest.mark.parametrize("script", ["train.sh", "sweep.sh"])
+def test_the_sites_file_may_use_variables_that_are_not_set(script, tmp_path):
+    """As the functions of environment modules and conda do."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "train.py").touch()
+    (tmp_path / "slurm/node.sh").touch()
+    (tmp_path / "slurm/site.sh").write_text('echo "$NOT_SET"; PYTHON=/nowhere/python\n')
+    environment = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    command = ("bash", helpers.ROOT / "slurm" / script, "--epochs=1")
+    done = helpers.launch(*command, cwd=tmp_path, timeout=60, environment=environment)
+    assert done.returncode == 2
+    assert "/nowhere/python is not there" in done.stderr
+
+
 @slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_sbatch_accepts_it(cluster, script):  # noqa: F811
