@@ -98,7 +98,9 @@ def load_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise InputError(f"{path} is missing: {remedy(folder)}") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}: check its permissions"
+        ) from None
     except (ValueError, RecursionError) as error:
         named = re.search(rb'"dataset": "(mnist|digits)"', content)
         dataset = named.group(1).decode() if named else None
@@ -139,7 +141,9 @@ def check(folder: Path) -> Manifest:
                     )
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from None
+            raise InputError(
+                f"{path} cannot be read: {error.strerror}: check its permissions"
+            ) from None
         if sha256 != split.sha256:
             raise InputError(f"{path} is not what was written (its sha256 differs): {how}")
     return manifest

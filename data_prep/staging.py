@@ -51,7 +51,8 @@ def staging(
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror or error}") from None
+        fault = f"cannot write {folder}: {error.strerror or error}"
+        raise InputError(f"{fault}: use another folder, or free this one") from None
 
 
 @contextmanager

@@ -74,7 +74,8 @@ class Training:
         held_out = config.validation_split
         total = self.manifest.train.samples
         if held_out >= total:
-            raise InputError(f"validation_split {held_out} leaves none of {total} training images")
+            fault = f"validation_split {held_out} leaves none of {total} training images"
+            raise InputError(f"{fault}: hold out fewer")
         sharding = Sharding(
             total - held_out, config.batch_size, config.drop_last, runtime.rank, runtime.world_size
         )

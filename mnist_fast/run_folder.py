@@ -115,7 +115,8 @@ def reporting(folder: Path, active: bool) -> Iterator[None]:
         message, kept = str(error), before
         raise
     except OSError as error:
-        message = f"{error.filename or folder}: {error.strerror or error}"
+        where = error.filename2 or error.filename or folder  # the second is what was to be replaced
+        message = f"{where}: {error.strerror or error}"
         raise RunError(message) from error
     except BaseException as error:
         message = str(error) or type(error).__name__

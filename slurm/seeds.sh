@@ -19,5 +19,13 @@ if [[ -z ${SLURM_ARRAY_TASK_ID:-} ]]; then
   printf 'slurm/seeds.sh: error: runs as a job array only: sbatch --array=1-10 slurm/seeds.sh\n' >&2
   exit 2
 fi
+for word in "$@"; do
+  case $word in
+  --seed | --seed=* | --run_dir | --run_dir=*)
+    printf 'slurm/seeds.sh: error: %s is chosen per task of the array: leave it out\n' "${word%%=*}" >&2
+    exit 2
+    ;;
+  esac
+done
 exec bash "$SLURM_SUBMIT_DIR/slurm/train.sh" "$@" --seed "$SLURM_ARRAY_TASK_ID" \
   --run_dir "runs/$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID/seed-$SLURM_ARRAY_TASK_ID"

@@ -46,6 +46,14 @@ def test_the_sites_file_may_use_variables_that_are_not_set(script, tmp_path):
     assert "/nowhere/python is not there" in done.stderr
 
 
+def test_an_array_chooses_the_seed(tmp_path):
+    environment = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    command = ("bash", helpers.ROOT / "slurm/seeds.sh", "--epochs", "1", "--seed=3")
+    done = helpers.launch(*command, cwd=tmp_path, timeout=60, environment=environment)
+    assert done.returncode == 2
+    assert "--seed is chosen per task of the array" in done.stderr
+
+
 @slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_sbatch_accepts_it(cluster, script):  # noqa: F811
