@@ -369,7 +369,7 @@ def make_report(experiment: Experiment, seeds: Sequence[int]) -> dict[str, Any]:
 
 def format_report(report: dict[str, Any]) -> str:
     """The report as a table."""
-    rows = [f"{'':24}{'mean':>10}{'sd':>10}{'95 % interval':>22}{'min':>10}{'max':>10}"]
+    rows = [f"{'':24}{'mean':>10}{'sd':>10}{'95 % interval':>26}{'min':>10}{'max':>10}"]
     names = {
         "accuracy": f"{report['evaluated_on']} accuracy, %",
         "loss": f"{report['evaluated_on']} loss",
@@ -382,7 +382,7 @@ def format_report(report: dict[str, Any]) -> str:
         s = report[key]
         sd = "" if s["sd"] is None else f"{s['sd']:.4f}"
         interval = "" if s["ci95"] is None else "{:.4f} to {:.4f}".format(*s["ci95"])
-        row = f"{name:24}{s['mean']:>10.4f}{sd:>10}{interval:>22}{s['min']:>10.4f}{s['max']:>10.4f}"
+        row = f"{name:24}{s['mean']:>10.4f}{sd:>10}{interval:>26}{s['min']:>10.4f}{s['max']:>10.4f}"
         rows.append(row)
     config = report["config"]
     head = f"recipe {config['recipe']} on {report['dataset']}, network {config['network']} "
