@@ -47,10 +47,7 @@ def duration(text: str) -> float:
 
 def build_parser(description: str | None, rounds: int) -> Parser:
     """The options that all of them have; what it does not know is for train.py."""
-    parser = Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--rounds", type=count, default=rounds, help=f"runs of each that count (default: {rounds})"
     )
@@ -78,11 +75,11 @@ def parse(parser: Parser) -> tuple[argparse.Namespace, list[str]]:
     return options, choices
 
 
-def refuse(choices: Sequence[str], names: Sequence[str]) -> None:
-    """Refuses options of train.py that the benchmark chooses itself."""
+def refuse(choices: Sequence[str], names: Sequence[str], source: str = "") -> None:
+    """Refuses options of train.py that the benchmark chooses itself, and says from what."""
     for name in names:
         if any(word == f"--{name}" or word.startswith(f"--{name}=") for word in choices):
-            raise InputError(f"--{name} is chosen by the benchmark: leave it out")
+            raise InputError(f"--{name} is chosen here{source}: leave it out")
 
 
 @contextlib.contextmanager
@@ -123,7 +120,7 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise RunError(f"a run was not finished after {seconds:g} s: see --run_timeout")
 
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))  # 0 would be no limit at all
     try:
         yield
     finally:

@@ -209,7 +209,7 @@ def open_experiment(options: Sequence[str], runs: Path, prefix: str = "") -> Exp
     Raises:
         InputError: options that train.py would refuse, or that choose the seed or the folder.
     """
-    records.refuse(options, ("seed", "run_dir", "resume"))
+    records.refuse(options, ("seed", "run_dir", "resume"), ", from --first and --runs")
     config = load(options)
     if not any(word.split("=")[0] == "--wandb" for word in options):
         options = [*options, "--wandb", "disabled"]

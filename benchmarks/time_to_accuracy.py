@@ -252,8 +252,8 @@ def main(arguments: list[str] | None = None) -> int:
         "reached": reached,
     }
     kind = "gpu" if runtime.device.type == "cuda" else "cpu"
-    path = options.out / "-".join(["time_to_accuracy", kind, *map(str, options.open)])
-    path = path.with_name(f"{path.name}.json")
+    targets = "-".join(map(str, options.open))
+    path = options.out / f"time_to_accuracy-{kind}-{targets}.json"
     for schedule in SCHEDULES[:1] if options.quick else SCHEDULES:
         if schedule[0] < options.from_epochs:
             continue

@@ -98,9 +98,8 @@ def load_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise InputError(f"{path} is missing: {remedy(folder)}") from None
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {error.strerror}: check its permissions"
-        ) from None
+        fault = f"{path} cannot be read: {error.strerror}"
+        raise InputError(f"{fault}: move it away, or check its permissions") from None
     except (ValueError, RecursionError) as error:
         named = re.search(rb'"dataset": "(mnist|digits)"', content)
         dataset = named.group(1).decode() if named else None

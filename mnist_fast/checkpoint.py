@@ -186,7 +186,7 @@ def _read(path: Path) -> bytes:
     if path.parent.is_symlink() or path.is_symlink():
         raise CorruptCheckpointError(f"{path}: a symbolic link")
     try:
-        return read_file(path, LIMITS[path.name])
+        return read_file(path, LIMITS[path.name], follow=False)
     except OSError as error:
         raise CorruptCheckpointError(f"{path}: {error.strerror}") from error
 

@@ -1,4 +1,5 @@
-"""Files as others may have left them: read without waiting, replaced in one step."""
+"""Files as others may have left them, read without waiting and replaced in one step; lines on
+standard output that may be lost."""
 
 import errno
 import os
@@ -7,38 +8,38 @@ import sys
 from pathlib import Path
 
 
-def read_file(path: Path, most: int) -> bytes:
+def read_file(path: Path, most: int, follow: bool = True) -> bytes:
     """A regular file's content.
 
     Args:
         path: of the file.
-        most: bytes that it may have.
+        most: bytes that it may have; of a larger one nothing is read.
+        follow: whether it may be a symbolic link.
 
     Raises:
         OSError: it is missing, unreadable, no regular file, or larger; `strerror` says which.
     """
     # non-blocking: a pipe in the file's place would otherwise wait for its writer
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
     try:
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(mode):
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if status.st_size > most:
+            raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
         with open(descriptor, "rb", closefd=False) as file:
-            content = file.read(most + 1)
+            return file.read(most)
     finally:
         os.close(descriptor)
-    if len(content) > most:
-        raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
-    return content
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file in one step: readers see the old or the new content."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mnist_fast.errors import InputError, RunError, Stopped
-from mnist_fast.files import read_file
+from mnist_fast.files import read_file, write_atomically
 
 LOCK, STATUS = ".lock", "status.json"
 MAX_STATUS = 100_000  # bytes of a status.json
@@ -126,7 +126,8 @@ def reporting(folder: Path, active: bool) -> Iterator[None]:
             if kept is None:
                 write_status(folder, status, message)
             else:
-                _replace_status(folder, kept)
+                with contextlib.suppress(OSError):
+                    write_atomically(folder / STATUS, kept)
             unlock(folder)
 
 
@@ -148,11 +149,5 @@ def write_status(folder: Path, status: str, message: str = "") -> None:
         "job": job and f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}",
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    _replace_status(folder, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _replace_status(folder: Path, content: bytes) -> None:
-    temporary = folder / f".{STATUS}"
     with contextlib.suppress(OSError):
-        temporary.write_bytes(content)
-        temporary.replace(folder / STATUS)
+        write_atomically(folder / STATUS, json.dumps(content, indent=1) + "\n")

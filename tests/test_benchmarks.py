@@ -88,7 +88,7 @@ def test_help_tells_the_options(script):
     [
         *((script, ["--rounds", 0], "argument --rounds: '0'") for script in LAUNCHING),
         ("two_processes", ["--epochs", 0], "epochs is 0"),
-        ("two_processes", ["--run_dir", "mine"], "--run_dir is chosen by the benchmark"),
+        ("two_processes", ["--run_dir", "mine"], "--run_dir is chosen here"),
         ("throughput", ["--data_dir", "nowhere"], "nowhere"),
         ("throughput", ["--minutes", "nan"], "argument --minutes: 'nan'"),
         ("time_to_accuracy", ["--from_epochs", 99], "no schedule has more than"),
