@@ -281,9 +281,9 @@ def count_gpus() -> int:
 
 
 def work(folder: Path, seeds: Sequence[int], options: Sequence[str]) -> None:
-    """Trains seeds side by side in this process and writes their summaries."""
+    """Trains seeds in this process, one after another or side by side; writes their summaries."""
     from mnist_fast.files import write_atomically
-    from mnist_fast.many import train_many
+    from mnist_fast.many import fuses, train_in_turn, train_many
 
     def run_dir(seed: int) -> Path:
         return folder / f"seed-{seed}"
@@ -298,9 +298,12 @@ def work(folder: Path, seeds: Sequence[int], options: Sequence[str]) -> None:
     for seed in seeds:
         run_dir(seed).mkdir(parents=True, exist_ok=True)
         (run_dir(seed) / "metrics.jsonl").unlink(missing_ok=True)
-    summaries, _ = train_many(load(options), seeds, note)
-    for summary in summaries:
-        del summary["records"]
+    config = load(options)
+    in_turn = fuses(config)
+    for summary in train_in_turn(config, seeds) if in_turn else train_many(config, seeds, note)[0]:
+        for record in summary.pop("records"):
+            if in_turn:
+                note(record["epoch"], [record])
         text = json.dumps(summary, indent=2) + "\n"
         write_atomically(run_dir(summary["seed"]) / "summary.json", text)
 

@@ -80,24 +80,9 @@ class Runner:
         """The images in a seed's orders."""
         return ResidentFeed(*self.train, self.sharding, seed)
 
-    def start_over(self, seed: int) -> None:
-        """Gives the step a seed's fresh weights, statistics and generators."""
-        self.runtime.seed(seed)
-        fresh = build_network(self.config.network, self.config.dropout)
-        blank = {
-            name: torch.zeros_like(value)
-            for name, value in self.step.state().items()
-            if name.startswith("optimizer/")
-        }
-        networks = {f"{kind}/{k}": v for k, v in fresh.state_dict().items() for kind in KINDS}
-        self.step.load_state(networks | blank)
-        self.step.reset_totals()
-        self.runtime.seed_process(seed)
-        self.step.config = dataclasses.replace(self.config, seed=seed)  # of the augmentation
-
     def run(self, seed: int) -> float:
         """Seconds of training with a seed."""
-        self.start_over(seed)
+        self.step.start_over(seed)
         feed, steps = self.feed(seed), self.sharding.steps
         clock = Clock(self.runtime.device)
         for epoch in range(self.config.epochs):
@@ -105,9 +90,6 @@ class Runner:
             for number, batch in enumerate(feed.epoch(epoch)):
                 self.step(batch, learning_rate(self.config, epoch * steps + number, steps))
         return clock.stop()
-
-
-KINDS = ("network", "averaged")
 
 
 class Clock:
@@ -217,6 +199,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="leave out schedules with fewer epochs (default: 1)",
     )
     parser.add_argument("--data_dir", type=Path, default=ROOT / "data/betons/mnist")
+    parser.add_argument(
+        "--batch_sizes", type=count, nargs="+", help="of the schedules to try (default: all)"
+    )
     add_out(parser)
     parser.add_argument("--quick", action="store_true", help="one schedule, for tests")
     options = parser.parse_args(arguments)
@@ -256,6 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.out / f"time_to_accuracy-{kind}-{targets}.json"
     for schedule in SCHEDULES[:1] if options.quick else SCHEDULES:
         if schedule[0] < options.from_epochs:
+            continue
+        if options.batch_sizes and schedule[1] not in options.batch_sizes:
             continue
         if not options.open or time.monotonic() - started > 60 * options.minutes:
             break

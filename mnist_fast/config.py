@@ -89,10 +89,11 @@ class Config:
     precision: Literal["auto", "no", "bf16", "fp16"] = option(
         "auto", "mixed precision; auto is what the launcher set, else bf16 on GPUs that have it"
     )
-    step: Literal["auto", "eager", "native", "compiled", "captured"] = option(
+    step: Literal["auto", "eager", "native", "compiled", "captured", "fused"] = option(
         "auto",
-        "how a step runs; native: C++ for CPUs; captured: one CUDA graph; auto: captured on GPUs, "
-        "native on CPUs with a C++ compiler, eager where the run is too short for either",
+        "how a step runs; native: C++ for CPUs; captured: one CUDA graph; fused: one kernel, on "
+        "large GPUs in float32; auto: fused or captured on GPUs, native on CPUs with a C++ "
+        "compiler, eager where the run is too short for either",
     )
     feed: Literal["auto", "resident", "stream"] = option(
         "auto", "images held on the device, or streamed by FFCV; auto is resident where they fit"

@@ -10,6 +10,7 @@ graph holds the whole step.
 
 import contextlib
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,14 +21,15 @@ from torch import Tensor, nn
 
 from mnist_fast.augment import augment, derive_key, normalise, scale_pixels
 from mnist_fast.config import Config
-from mnist_fast.data import Sharding, epoch_order, read_all
+from mnist_fast.data import ResidentFeed, Sharding, epoch_order, read_all
 from mnist_fast.errors import InputError, RunError
-from mnist_fast.evaluate import BATCH
+from mnist_fast.evaluate import BATCH, evaluate
+from mnist_fast.fused import obstacle
 from mnist_fast.loop import git_commit, open_betons, versions
 from mnist_fast.model import CLASSES, Network, build_network, count_parameters
 from mnist_fast.runtime import Runtime, device_name
 from mnist_fast.schedule import learning_rate
-from mnist_fast.step import CudaGraph, build_optimizer, floats
+from mnist_fast.step import CudaGraph, TrainingStep, build_optimizer, floats
 
 Pair = tuple[Tensor, Tensor]  # images uint8 (n, 1, 28, 28) and labels int64 (n,)
 Records = list[dict[str, Any]]
@@ -282,7 +284,7 @@ def train_many(
         InputError: bad configuration or data; several processes; fp16; tta.
         RunError: no network has a finite loss left.
     """
-    runtime = Runtime(config)
+    runtime = Runtime(dataclasses.replace(config, step="captured"))
     if runtime.world_size > 1 or runtime.precision == "fp16":
         raise InputError("seeds side by side train in one process and in bf16 or float32")
     if config.tta:
@@ -299,20 +301,82 @@ def train_many(
         measured = together.evaluate(*evaluation)
         if epoch < config.epochs:
             orders = together.orders(epoch)  # while the device is still at work
-        history.append(make_records(together, epoch, measured, len(evaluation[1])))
+        given = (config, together.sharding, together.seeds, together.totals, measured)
+        history.append(make_records(*given, epoch, len(evaluation[1])))
         if on_epoch is not None:
             on_epoch(epoch, history[-1])
     seconds = {"train_seconds": time.perf_counter() - begun, "startup_seconds": begun - started}
-    facts = {
+    parameters = count_parameters(together.network) // len(together.seeds)
+    facts = shared_facts(config, runtime, dataset, parameters)
+    facts["side_by_side"] = len(together.seeds)
+    return [summarise(config, seed, facts | seconds, history) for seed in together.seeds], together
+
+
+def fuses(config: Config) -> bool:
+    """Whether steps can be fused here, so that seeds are best trained one after another."""
+    wanted = config.step in ("auto", "fused") and config.precision in ("auto", "no")
+    return wanted and not config.tta and not obstacle(config, config.batch_size, 1)
+
+
+def train_in_turn(config: Config, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Trains one network per seed, one after another, in the same compiled step.
+
+    A fused step leaves no multiprocessor idle, so that nothing is gained side by side; but a
+    program starts and compiles once.
+
+    Args:
+        config: one run's choices; its seed is not used, its run_dir neither.
+        seeds: one per network.
+
+    Yields:
+        Each seed's summary when it is trained, as `train_many` returns them.
+
+    Raises:
+        InputError: bad configuration or data.
+        RunError: a loss is not finite.
+    """
+    started = time.perf_counter()
+    runtime = Runtime(config)
+    train, evaluation, dataset = read_data(config, runtime)
+    sharding = Sharding(len(train[1]), config.batch_size, config.drop_last)
+    network = build_network(config.network, config.dropout)
+    step = TrainingStep(config, network, runtime, sharding)
+    step.warm_up(ResidentFeed(*train, sharding, config.seed).example())
+    for seed in seeds:
+        begun, history, seconds = time.perf_counter(), [], 0.0
+        step.start_over(seed)
+        feed = ResidentFeed(*train, sharding, seed)
+        for epoch in range(config.epochs):
+            epoch_begun = time.perf_counter()
+            step.reset_totals()
+            step.start_epoch(epoch)
+            first = epoch * sharding.steps
+            for number, batch in enumerate(feed.epoch(epoch), start=first):
+                step(batch, learning_rate(config, number, sharding.steps))
+            totals = step.totals[None, :2].cpu()  # waits for the device
+            seconds += time.perf_counter() - epoch_begun
+            found = evaluate(step.best_network(), *evaluation, runtime, len(evaluation[1]))
+            hits = found.accuracy / 100 * found.images
+            measured = torch.tensor([[found.loss * found.images, hits]], dtype=torch.float64)
+            history.append(
+                make_records(config, sharding, [seed], totals, measured, epoch + 1, found.images)
+            )
+        facts = shared_facts(config, runtime, dataset, count_parameters(network))
+        facts |= {"train_seconds": seconds, "startup_seconds": begun - started}
+        yield summarise(config, seed, facts, history)
+        started = time.perf_counter()
+
+
+def shared_facts(config: Config, runtime: Runtime, dataset: str, parameters: int) -> dict[str, Any]:
+    """What is the same in the summaries of all seeds."""
+    return {
         "dataset": dataset,
         "device": device_name(runtime.device),
         "precision": runtime.precision,
-        "parameters": count_parameters(together.network) // len(together.seeds),
-        "side_by_side": len(together.seeds),
+        "parameters": parameters,
         "git_commit": git_commit(),
         "versions": versions(),
     }
-    return [summarise(config, seed, facts | seconds, history) for seed in together.seeds], together
 
 
 def read_data(config: Config, runtime: Runtime) -> tuple[Pair, Pair, str]:
@@ -333,12 +397,32 @@ def evaluated_on(config: Config) -> str:
     return "validation" if config.validation_split else "test"
 
 
-def make_records(together: SideBySide, epoch: int, measured: Tensor, images: int) -> Records:
-    """One record of an epoch per seed, named as in `metrics.jsonl`."""
-    trained = together.sharding
+def make_records(
+    config: Config,
+    trained: Sharding,
+    seeds: Sequence[int],
+    totals: Tensor,
+    measured: Tensor,
+    epoch: int,
+    images: int,
+) -> Records:
+    """One record of an epoch per seed, named as in `metrics.jsonl`.
+
+    Args:
+        config: the runs' choices.
+        trained: what an epoch trains on.
+        seeds: one per network.
+        totals: sum of losses and correct predictions in training, float64 (N, 2).
+        measured: the same in evaluation.
+        epoch: its number, from 1.
+        images: that were evaluated.
+
+    Raises:
+        RunError: no loss is a number.
+    """
     count = min(trained.samples, trained.steps * trained.batch_size)
-    name = evaluated_on(together.config)
-    pairs = zip(together.totals.tolist(), measured.tolist(), strict=True)
+    name = evaluated_on(config)
+    pairs = zip(totals.tolist(), measured.tolist(), strict=True)
     records = [
         {
             "epoch": epoch,
@@ -348,7 +432,7 @@ def make_records(together: SideBySide, epoch: int, measured: Tensor, images: int
             f"{name}_loss": test_loss / images,
             f"{name}_accuracy": 100 * test_hits / images,
         }
-        for seed, ((loss, hits), (test_loss, test_hits)) in zip(together.seeds, pairs, strict=True)
+        for seed, ((loss, hits), (test_loss, test_hits)) in zip(seeds, pairs, strict=True)
     ]
     if all(record["train_loss"] != record["train_loss"] for record in records):
         raise RunError(f"the loss is nan in epoch {epoch} for every seed: lower --learning_rate")

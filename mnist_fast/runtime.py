@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from mnist_fast import fused
 from mnist_fast.augment import derive_key
 from mnist_fast.config import Config
 from mnist_fast.errors import InputError, RunError
@@ -37,7 +38,11 @@ class Runtime:
     """
 
     def __init__(self, config: Config):
-        self.precision = resolve_precision(config.precision)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        fuses = config.step in ("auto", "fused") and not fused.obstacle(
+            config, config.batch_size // processes, processes
+        )
+        self.precision = resolve_precision(config.precision, fuses)
         timeout = datetime.timedelta(seconds=config.process_timeout)
         with naming_lost_processes():
             self.accelerator = Accelerator(
@@ -52,6 +57,9 @@ class Runtime:
             )
         self.device: torch.device = self.accelerator.device
         set_threads(config.threads)
+        torch.backends.cudnn.allow_tf32 = (
+            False  # float32 is to mean float32, in evaluation above all
+        )
         self.threads = torch.get_num_threads()  # a native step leaves torch one of them
         self.device_name = device_name(self.device)
         self.rank: int = self.accelerator.process_index
@@ -244,18 +252,25 @@ def set_threads(wanted: int) -> None:
     torch.set_num_threads(wanted or max(1, share))
 
 
-def resolve_precision(wanted: str) -> str:
+def resolve_precision(wanted: str, fuses: bool = False) -> str:
     """The mixed precision to use.
 
     `auto` takes what `accelerate launch` was told, else bf16 on GPUs that multiply it, from Ampere
-    on. On CPUs the native step is the fastest, and that computes in float32.
+    on. On CPUs the native step is the fastest, and where there is one the fused step: they compute
+    in float32.
+
+    Args:
+        wanted: auto, no, bf16 or fp16.
+        fuses: whether there will be fused steps.
 
     Raises:
         InputError: fp16 without a GPU.
     """
     if wanted == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        wanted = launched if launched in ("bf16", "fp16") else "bf16" if has_bf16() else "no"
+        wanted = launched if launched in ("bf16", "fp16") else "no"
+        if wanted == "no" and has_bf16() and not fuses:
+            wanted = "bf16"
     if wanted == "fp16" and not torch.cuda.is_available():
         raise InputError("--precision fp16 needs a GPU: use bf16 or no")
     return wanted

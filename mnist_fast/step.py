@@ -1,15 +1,17 @@
 """One training step: augment, forward, loss, backward, gradient reduction, SGD, Muon or AdamW.
 
-It runs in one of four modes that compute the same training:
+It runs in one of five modes that compute the same training:
 
 - eager: kernel by kernel, through Accelerate's wrappers.
 - native: forward and backward pass in C++ of our own, on CPUs in float32.
 - compiled: augmentation (on GPUs), forward and backward pass are compiled.
 - captured: the whole compiled step is recorded as one CUDA graph, and a step is one launch.
+- fused: the whole step is one kernel of our own, on large GPUs in float32.
 """
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -18,19 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnist_fast import native
+from mnist_fast import fused, native
 from mnist_fast.augment import augment, derive_key, normalise, scale_pixels
 from mnist_fast.config import Config
 from mnist_fast.data import Batch, Sharding
 from mnist_fast.errors import InputError
 from mnist_fast.files import say
-from mnist_fast.model import Network
+from mnist_fast.model import Network, build_network
 from mnist_fast.muon import Muon
 from mnist_fast.runtime import Runtime
 
 # Fewer images than this over the run, and compiling costs more than it gives
 COMPILE_FROM_IMAGES = 400_000
-NATIVE_FROM_IMAGES = 50_000
+NATIVE_FROM_IMAGES = 50_000  # the same for our own code
 WARM_UPS = 11  # runs before a capture: DDP's and NCCL's set-up takes up to 11 iterations
 
 
@@ -78,8 +80,8 @@ def first_state(config: Config, parameter: Tensor) -> dict[str, Tensor]:
     return {}
 
 
-def resolve_mode(config: Config, precision: str, images_per_epoch: int) -> str:
-    """The step mode; `auto` is captured on GPUs and native on CPUs, or what comes next to it.
+def resolve_mode(config: Config, precision: str, sharding: Sharding) -> str:
+    """The step mode; `auto` is fused or captured on GPUs and native on CPUs, or what comes next.
 
     fp16 is always eager: its loss scaling decides on the host whether a step is taken.
 
@@ -91,15 +93,20 @@ def resolve_mode(config: Config, precision: str, images_per_epoch: int) -> str:
         raise InputError("--step captured needs a GPU: use native, eager or auto", shared=True)
     if config.step == "native":
         _check_native(precision, on_gpu)
+    if config.step == "fused":
+        _check_fused(config, precision, sharding)
     if precision == "fp16":
         return "eager"
     if config.step != "auto":
         return config.step
-    images = config.epochs * images_per_epoch
+    images = config.epochs * sharding.samples
+    if images >= NATIVE_FROM_IMAGES:
+        if on_gpu and not _missing_for_fused(config, precision, sharding):
+            return "fused"
+        if not on_gpu and precision == "no" and native.load_library():
+            return "native"
     if on_gpu:
         return "captured" if images >= COMPILE_FROM_IMAGES else "eager"
-    if precision == "no" and images >= NATIVE_FROM_IMAGES and native.load_library():
-        return "native"
     return "compiled" if images >= COMPILE_FROM_IMAGES and native.compiler() else "eager"
 
 
@@ -112,6 +119,21 @@ def _check_native(precision: str, on_gpu: bool) -> None:
         )
     if not native.load_library():
         raise InputError("--step native needs a C++ 20 compiler: use eager or auto", shared=True)
+
+
+def _check_fused(config: Config, precision: str, sharding: Sharding) -> None:
+    if missing := _missing_for_fused(config, precision, sharding):
+        raise InputError(f"--step fused: {missing}: use captured, eager or auto", shared=True)
+
+
+def _missing_for_fused(config: Config, precision: str, sharding: Sharding) -> str:
+    """Why steps cannot be fused; empty where they can."""
+    if precision != "no":
+        return "it computes in float32, as --precision no"
+    if reason := fused.obstacle(config, sharding.local_size, sharding.world_size):
+        return reason
+    kernel = fused.load_kernel(config.network, config.dropout, sharding.local_size)
+    return "" if kernel else "the kernel cannot be compiled here"
 
 
 def keep_compiled_kernels() -> None:
@@ -197,7 +219,7 @@ class TrainingStep:
 
     def __init__(self, config: Config, network: Network, runtime: Runtime, sharding: Sharding):
         self.config, self.runtime, self.sharding = config, runtime, sharding
-        modes = set(runtime.gather(resolve_mode(config, runtime.precision, sharding.samples)))
+        modes = set(runtime.gather(resolve_mode(config, runtime.precision, sharding)))
         # a node without a compiler: the processes reduce gradients differently from mode to mode
         self.mode = modes.pop() if len(modes) == 1 else "eager"
         if self.mode == "eager" and config.step not in ("auto", "eager") and runtime.is_main:
@@ -211,7 +233,7 @@ class TrainingStep:
             network = self._native = native.NativeNetwork(network, runtime.threads)
             if averaged:
                 averaged = native.NativeNetwork(averaged, runtime.threads).eval()
-        else:
+        elif self.mode != "fused":
             network = network.to(memory_format=torch.channels_last)
             averaged = averaged.to(memory_format=torch.channels_last) if averaged else None
         self.network, self.averaged = network, averaged
@@ -227,15 +249,21 @@ class TrainingStep:
         self._key = torch.zeros((), dtype=torch.int64, device=device)
         self._position = torch.zeros((), dtype=torch.int64, device=device)
         self._offsets = torch.arange(sharding.local_size, device=device)
+        self._fused: fused.FusedStep | None = None
+        if self.mode == "fused":
+            kernel = fused.load_kernel(config.network, config.dropout, sharding.local_size)
+            self._fused = fused.FusedStep(config, network, kernel, self.totals)
         self._set_up_optimizer()
-        self._augmented, self._dropout_key = True, 0
+        self._augmented, self._augment_key, self._dropout_key = True, 0, 0
         self._captured: dict[bool, CapturedStep] = {}  # by whether images are augmented
         self._augment, self._forward = augment, self._forward_rest
         if self.mode == "native":
             self._augment = functools.partial(augment, warp=native.warp)
-        if self.mode in ("compiled", "captured"):
+        if self.mode in ("compiled", "captured", "fused"):
             keep_compiled_kernels()
+        if self.mode in ("compiled", "captured"):
             self._forward = torch.compile(self._forward_rest, dynamic=False)
+        if self.mode in ("compiled", "captured", "fused"):
             if device.type == "cuda":  # on CPUs the eager kernels are the faster ones
                 self._augment = torch.compile(augment, dynamic=False)
 
@@ -243,8 +271,11 @@ class TrainingStep:
         """Hands the optimiser the rate's tensor, and the state that its first step would create."""
         for group in self.optimizer.param_groups:  # after `prepare`, which would copy the tensor
             group["lr"] = self._rate
-        for parameter in self.network.parameters():
-            self.optimizer.state[parameter].update(first_state(self.config, parameter))
+        for index, parameter in enumerate(self.network.parameters()):
+            state = self.optimizer.state[parameter]
+            state.update(first_state(self.config, parameter))
+            if self._fused is not None and state:
+                state["momentum_buffer"] = self._fused.momenta[index]
 
     def _optimizer_state(self) -> dict[str, Tensor]:
         """What the optimiser keeps, by name."""
@@ -257,13 +288,17 @@ class TrainingStep:
 
     def start_epoch(self, epoch: int) -> None:
         """Sets the epoch whose augmentation is drawn."""
-        self._key.fill_(derive_key(self.config.seed, epoch, "augment"))
+        self._augment_key = derive_key(self.config.seed, epoch, "augment")
+        self._key.fill_(self._augment_key)
         self._dropout_key = derive_key(self.config.seed, epoch, "dropout")
         self._augmented = epoch < self.config.epochs - self.config.plain_epochs
         self._forward_network.train()
 
     def __call__(self, batch: Batch, learning_rate: float) -> None:
         """Trains on this process's part of a global batch; does not wait for the device."""
+        if self._fused is not None:
+            self._train_fused(batch, learning_rate)
+            return
         self._rate.fill_(learning_rate)
         self._position.fill_(batch.position)
         whole = len(batch) == self.sharding.local_size
@@ -294,6 +329,15 @@ class TrainingStep:
         self._stepper.step()
         self.totals += counts
         self._average()
+
+    def _train_fused(self, batch: Batch, learning_rate: float) -> None:
+        assert self._fused is not None
+        inputs = None
+        if self._augmented and not self._fused.augments:
+            self._position.fill_(batch.position)
+            inputs = self._prepare_inputs(batch.gather()[0])
+        keys = (self._augment_key, self._dropout_key)
+        self._fused(batch, inputs, learning_rate, keys, self._augmented)
 
     def _prepare_inputs(self, images: Tensor) -> Tensor:
         """Augmented and normalised inputs."""
@@ -326,7 +370,7 @@ class TrainingStep:
             example: a whole batch in the feed's form, with any content. A captured step keeps its
                 tensors.
         """
-        if self.mode in ("eager", "native"):
+        if self.mode in ("eager", "native", "fused"):
             return
         with self._unchanged():
             if self.mode == "compiled":
@@ -357,6 +401,17 @@ class TrainingStep:
         for tensor, before in zip(state, kept, strict=True):
             tensor.copy_(before)
 
+    def start_over(self, seed: int) -> None:
+        """Gives the step a seed's fresh weights, statistics and generators, in place."""
+        self.runtime.seed(seed)
+        fresh = build_network(self.config.network, self.config.dropout).state_dict()
+        blank = {name: torch.zeros_like(value) for name, value in self._optimizer_state().items()}
+        kinds = ("network", "averaged")
+        self.load_state({f"{kind}/{k}": v for k, v in fresh.items() for kind in kinds} | blank)
+        self.reset_totals()
+        self.runtime.seed_process(seed)
+        self.config = dataclasses.replace(self.config, seed=seed)
+
     def state(self) -> dict[str, Tensor]:
         """Weights, statistics, averages and the optimiser's state by name, copied to the CPU."""
         found = {f"network/{k}": v for k, v in self.network.state_dict().items()}
@@ -379,6 +434,8 @@ class TrainingStep:
                 network.load_state_dict(part)
         for name, tensor in self._optimizer_state().items():
             tensor.copy_(tensors[name])  # in place: a captured step knows the address
+        if self._fused is not None:
+            self._fused.pack()
 
     def gradient_norm(self) -> float | None:
         """Euclidean norm of the last step's gradient; it waits for the device.

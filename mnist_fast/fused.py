@@ -1,0 +1,332 @@
+"""Training steps on NVIDIA GPUs as one kernel each (fused.cu): no launch but its own, no memory
+traffic but weights and sums.
+
+Every image of a batch has a multiprocessor to itself, and all are at work at the same time: it
+takes a GPU with as many multiprocessors as a batch has images, and with their shared memory large
+enough for all activations of an image, as Hopper's (132 of them, 227 KB) and later data-centre
+GPUs have. All arithmetic is float32. The file is compiled for the network at its first use, and
+kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import math
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mnist_fast import native
+from mnist_fast.augment import warps
+from mnist_fast.config import Config
+from mnist_fast.files import say
+from mnist_fast.model import IMAGE_SIZE, Network, build_network
+
+if TYPE_CHECKING:
+    from mnist_fast.data import Batch
+
+SOURCE = Path(__file__).with_name("fused.cu")
+THREADS = 512  # of a block: with more, registers are short
+MOST_CHANNELS = 64  # fused.cu's
+SHARED_MEMORY = 227 * 1024  # bytes of a multiprocessor, of which the larger network takes 224 KB
+FIELDS = ("inputs", "outputs", "kernel", "padding", "input_size", "normalises", "relu_before")
+FIELDS += ("relu_after", "pool", "window", "epsilon", "momentum", "dropout")  # fused.cu's Layer
+OPTIONS = ("-std=c++20", "-default-device", "-diag-suppress=128,177")
+
+
+class Ranges(ctypes.Structure):
+    """Strengths of the augmentation; the same fields stand in fused.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_float) for name in ("rotation", "angle", "shear", "scale_min")),
+        *((name, ctypes.c_float) for name in ("scale_max", "translate", "brightness")),
+        *((name, ctypes.c_float) for name in ("contrast", "fill")),
+    ]
+
+
+class Arguments(ctypes.Structure):
+    """What the kernel takes; the same fields stand in fused.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("images", "labels", "rows", "inputs")),
+        *((name, ctypes.c_void_p) for name in ("parameters", "momenta", "gradients")),
+        *((name, ctypes.c_void_p) for name in ("statistics", "counters", "totals")),
+        *((name, ctypes.c_void_p) for name in ("partial", "losses", "packed", "places", "words")),
+        *((name, ctypes.c_uint64) for name in ("augment_key", "dropout_key")),
+        ("position", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("rate", "momentum", "weight_decay", "weight")),
+        *(("smoothing", ctypes.c_float), ("ticket", ctypes.c_uint32)),
+        *((name, ctypes.c_int32) for name in ("augmented", "updates", "nesterov")),
+        ("ranges", Ranges),
+    ]
+
+
+def obstacle(config: Config, images: int, world_size: int) -> str:
+    """Why a run cannot have fused steps, in words; empty where nothing is known against it.
+
+    Args:
+        config: the run's choices.
+        images: in each batch of a process.
+        world_size: number of processes.
+    """
+    if not torch.cuda.is_available():
+        return "it needs a GPU"
+    if config.optimizer != "sgd" or config.ema_decay:
+        return "it has plain SGD alone"
+    if world_size > 1:
+        return "it has one process alone"
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if gpu.multi_processor_count < images:
+        return f"this GPU has {gpu.multi_processor_count} multiprocessors for {images} images"
+    if getattr(gpu, "shared_memory_per_block_optin", 0) < SHARED_MEMORY:
+        return "this GPU's multiprocessors have too little shared memory"
+    return ""
+
+
+def prelude(network: Network, images: int) -> str:
+    """Definitions that fused.cu needs, for a network on the CPU and a number of images.
+
+    Raises:
+        ValueError: the network holds what fused.cu does not know.
+    """
+    layers = list(native.describe(network))
+    if [bool(layer.normalises) for layer in layers] != [True] * (len(layers) - 1) + [False]:
+        raise ValueError("fused steps: all layers but the last one need a BatchNorm")
+    if max(layer.outputs for layer in layers) > MOST_CHANNELS:
+        raise ValueError(f"fused steps: more than {MOST_CHANNELS} channels")
+    rows = ("{" + ", ".join(_number(getattr(layer, f)) for f in FIELDS) + "}" for layer in layers)
+    return (
+        f"#define NETWORK {', '.join(rows)}\n#define THREADS {THREADS}\n#define BLOCKS {images}\n"
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value!r}f" if isinstance(value, float) else str(value)
+
+
+@functools.cache
+def load_kernel(name: str, dropout: float, images: int) -> Any:
+    """The compiled kernel; None where it cannot be compiled, which is then said once."""
+    try:
+        return Kernel(build_network(name, dropout), images)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        say(f"step: no fused kernel on this machine: {str(error).strip().splitlines()[0]}")
+        return None
+
+
+class Kernel:
+    """The kernel for a network and a number of images, on the current GPU.
+
+    Args:
+        network: on the CPU.
+        images: the most that a batch has.
+
+    Attributes:
+        images: as given.
+        packed: floats of the packed weights.
+    """
+
+    def __init__(self, network: Network, images: int):
+        from cuda.bindings import driver  # torch's CUDA builds bring it
+
+        self._driver, self.images = driver, images
+        torch.zeros(1, device="cuda")  # makes torch's context the current one
+        text = prelude(network, images) + SOURCE.read_text()
+        self._module = _call(driver.cuModuleLoadData(compile_source(text)))
+        self._train = _call(driver.cuModuleGetFunction(self._module, b"train"))
+        self._pack = _call(driver.cuModuleGetFunction(self._module, b"pack"))
+        self._shared, self.packed = (self._constant(n) for n in (b"shared_bytes", b"packed_floats"))
+        kind = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _call(driver.cuFuncSetAttribute(self._train, kind, self._shared))
+
+    def _constant(self, name: bytes) -> int:
+        address, _ = _call(self._driver.cuModuleGetGlobal(self._module, name))
+        value = ctypes.c_int32()
+        _call(self._driver.cuMemcpyDtoH(ctypes.addressof(value), address, 4))
+        return value.value
+
+    def train(self, arguments: Arguments, images: int) -> None:
+        """Starts a step on the current stream."""
+        launch = self._driver.cuLaunchCooperativeKernel
+        shape = (images, 1, 1, THREADS, 1, 1, self._shared, _stream())
+        _call(launch(self._train, *shape, _pointers(arguments)))
+
+    def pack(self, arguments: Arguments) -> None:
+        """Starts the packing of the weights on the current stream."""
+        shape = (1, 1, 1, THREADS, 1, 1, 0, _stream())
+        _call(self._driver.cuLaunchKernel(self._pack, *shape, _pointers(arguments), 0))
+
+
+def _stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
+
+
+def _pointers(arguments: Arguments) -> int:
+    """Address of the array of pointers that a launch takes."""
+    arguments.pointers = (ctypes.c_void_p * 1)(
+        ctypes.addressof(arguments)
+    )  # kept as long as they are
+    return ctypes.addressof(arguments.pointers)
+
+
+def _call(answer: tuple[Any, ...]) -> Any:
+    """What a function of CUDA gave besides its status.
+
+    Raises:
+        RuntimeError: the status is an error.
+    """
+    status, *values = answer
+    if status.value:
+        raise RuntimeError(f"CUDA: {status.name}")
+    return values[0] if len(values) == 1 else values
+
+
+def compile_source(text: str) -> bytes:
+    """Machine code for the current GPU, from the cache where it is there.
+
+    Raises:
+        RuntimeError: the compiler refused it; its words are in it.
+    """
+    major, minor = torch.cuda.get_device_capability()
+    options = (*OPTIONS, f"-arch=sm_{major}{minor}")
+    key = hashlib.sha256("/".join([text, *options, str(torch.version.cuda)]).encode()).hexdigest()
+    try:
+        path = native.cache_folder("fused") / f"{key[:16]}.cubin"
+    except (OSError, RuntimeError):
+        path = Path(tempfile.mkdtemp(prefix="mnist_fast-")) / "kernel.cubin"
+    if not path.exists():
+        code = _compile(text, options)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:  # others may compile it, too
+            made = Path(scratch) / path.name
+            made.write_bytes(code)
+            made.replace(path)
+    return path.read_bytes()
+
+
+def _compile(text: str, options: tuple[str, ...]) -> bytes:
+    from cuda.bindings import nvrtc
+
+    program = _call(nvrtc.nvrtcCreateProgram(text.encode(), b"fused.cu", 0, [], []))
+    given = [option.encode() for option in options]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(given), given)
+    if status.value:
+        log = bytearray(_call(nvrtc.nvrtcGetProgramLogSize(program)))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(log.decode(errors="replace").strip("\0 \n") or status.name)
+    code = bytearray(_call(nvrtc.nvrtcGetCUBINSize(program)))
+    nvrtc.nvrtcGetCUBIN(program, code)
+    return bytes(code)
+
+
+class FusedStep:
+    """A network's training step in the kernel.
+
+    The network's parameters, gradients and statistics become views of one tensor each, where the
+    kernel has them; they must stay there.
+
+    Args:
+        config: the run's choices.
+        network: contiguous, float32, on the GPU.
+        kernel: `load_kernel`'s for that network.
+        totals: float64 (3,) on the GPU, to which sum of losses, correct predictions and images
+            are added.
+
+    Attributes:
+        momenta: the parameters' momentum buffers.
+        augments: whether the kernel augments images itself; it wants their inputs otherwise.
+    """
+
+    def __init__(self, config: Config, network: Network, kernel: Any, totals: Tensor):
+        self._kernel, images = kernel, kernel.images
+        parameters = list(network.parameters())
+        device = totals.device
+        flat = torch.cat([p.detach().flatten() for p in parameters])
+        rooms = [flat, torch.zeros_like(flat), torch.zeros_like(flat)]
+        views = [_views(room, parameters) for room in rooms]
+        for parameter, view, gradient in zip(parameters, views[0], views[2], strict=True):
+            parameter.data, parameter.grad = view, gradient
+        self.momenta = views[1]
+        norms = [m for m in network.layers if isinstance(m, nn.BatchNorm2d)]
+        names = ("running_mean", "running_var")
+        statistics = torch.cat([getattr(norm, name) for norm in norms for name in names])
+        counters = torch.stack([norm.num_batches_tracked for norm in norms])  # type: ignore[misc]
+        buffers = [getattr(norm, name) for norm in norms for name in names]
+        for index, view in enumerate(_views(statistics, buffers)):
+            setattr(norms[index // 2], names[index % 2], view)
+        for norm, counter in zip(norms, counters, strict=True):
+            norm.num_batches_tracked = counter
+        layers = sum(isinstance(m, nn.Conv2d) for m in network.layers)
+        work = [
+            torch.empty(images, len(flat), device=device),
+            torch.empty(images, 2, device=device),
+            torch.zeros(kernel.packed, device=device),
+            torch.empty(2, len(flat), dtype=torch.int32, device=device),
+            torch.zeros(2 * layers + 1, MOST_CHANNELS, images, 4, device=device),
+        ]
+        self._rooms = [*rooms, statistics, counters, totals, *work]
+        names = ("parameters", "momenta", "gradients", "statistics", "counters", "totals")
+        names += ("partial", "losses", "packed", "places", "words")
+        self.augments = config.resampling == "nearest" and not config.elastic
+        self._arguments = Arguments(
+            **dict(zip(names, (room.data_ptr() for room in self._rooms), strict=True)),
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            smoothing=config.label_smoothing,
+            nesterov=config.nesterov,
+            updates=1,
+            ranges=Ranges(
+                rotation=math.radians(config.rotation),
+                angle=math.radians(config.affine_rotation),
+                shear=math.radians(config.shear),
+                scale_min=config.scale_min,
+                scale_max=config.scale_max,
+                translate=config.translate * IMAGE_SIZE,
+                brightness=config.brightness,
+                contrast=config.contrast,
+                fill=config.fill / 255,
+            ),
+        )
+        self.pack()
+        self._moves = bool(warps(config) or config.brightness or config.contrast)
+
+    def __call__(
+        self,
+        batch: Batch,
+        inputs: Tensor | None,
+        rate: float,
+        keys: tuple[int, int],
+        augmented: bool,
+    ) -> None:
+        """Trains on a batch; does not wait for the device.
+
+        Args:
+            batch: on the GPU.
+            inputs: float32 (batch, 1, 28, 28), or None for those that the kernel makes itself.
+            rate: learning rate.
+            keys: of the epoch's augmentation and dropout.
+            augmented: whether images are.
+        """
+        a = self._arguments
+        a.images, a.labels = batch.images.data_ptr(), batch.labels.data_ptr()
+        a.rows = None if batch.rows is None else batch.rows.data_ptr()
+        a.inputs = None if inputs is None else inputs.data_ptr()
+        a.augment_key, a.dropout_key = keys
+        a.position, a.rate, a.weight = batch.position, rate, 1 / batch.global_size
+        a.augmented = augmented and self._moves
+        a.ticket += 1
+        self._kernel.train(a, len(batch))
+
+    def pack(self) -> None:
+        """Tells the kernel that others changed the parameters."""
+        self._kernel.pack(self._arguments)
+
+
+def _views(room: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Views of a flat tensor in the shapes of others, one behind the other."""
+    parts = room.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
