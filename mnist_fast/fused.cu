@@ -10,7 +10,7 @@
 // and its ReLU give. On the way back the latter is replaced by its gradient, and the former by the gradient of what
 // the layer before gives.
 //
-// The names that <fused.py> defines: NETWORK, the layers; THREADS of a block; BLOCKS, the most there are.
+// What fused.py defines before: NETWORK, the layers; THREADS of a block; BLOCKS, the most there are.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -59,7 +59,7 @@ struct alignas(16) Word {
 // totals: sum of losses, right predictions, images. partial (BLOCKS, parameters), losses (BLOCKS, 2) and words
 // (2 COUNT + 1, MOST_CHANNELS, BLOCKS) are memory to work in. packed: the weights as the convolutions read them, twice, and
 // places (2, parameters) where each stands therein; `pack` writes both. weight: factor of the loss; ticket: differs from launch
-// to launch; augmented: whether to; updates: whether SGD follows, or gradients are all that is wanted.
+// to launch; augmented: whether to.
 struct Arguments {
   const unsigned char *images;
   const i64 *labels, *rows;
@@ -74,7 +74,7 @@ struct Arguments {
   i64 position;
   float rate, momentum, weight_decay, weight, smoothing;
   u32 ticket;
-  int augmented, updates, nesterov;
+  int augmented, nesterov;
   Ranges ranges;
 };
 
@@ -204,14 +204,8 @@ constexpr int fact_place(int index) {
 }
 constexpr int SCRATCH = four(fact_place(COUNT));
 
-// Weights' gradients are found in tiles: some output channels times 8 taps of the input's.
-#ifndef TILE_OUTPUTS
-#define TILE_OUTPUTS 4
-#endif
-#ifndef CORRELATE_UNROLL
-#define CORRELATE_UNROLL 1
-#endif
-constexpr int TILE_TAPS = 8, UNROLLED = CORRELATE_UNROLL;
+// Weights' gradients are found in tiles: 8 output channels times 8 taps of the input's.
+constexpr int TILE_OUTPUTS = 8, TILE_TAPS = 8;
 constexpr int tiles(Layer layer) { return cut(layer.outputs, TILE_OUTPUTS) * cut(layer.taps(), TILE_TAPS); }
 constexpr int splits(Layer layer) { return most(1, least(WARPS / tiles(layer), cut(layer.pixels(), WARP))); }
 constexpr int COLUMNS = least(64, THREADS);   // of the last sums over blocks
@@ -287,8 +281,8 @@ struct Pair {
   float first, second;
 };
 
-// What follows as functions stands once for all layers: the fewer instructions there are, the more of them stay in the
-// multiprocessor's cache. They take places in shared memory, as a pointer would not be known to point there.
+// A FUNCTION stands once for all layers: the fewer instructions there are, the more of them stay in the multiprocessor's
+// cache.
 
 // Sums over the lanes.
 FUNCTION Pair add_lanes(Pair pair) { return {add_lanes(pair.first), add_lanes(pair.second)}; }
@@ -443,7 +437,7 @@ struct Step {
     for (int i = 4 * thread(); i < SIZE; i += 4 * THREADS) copy(shared + WEIGHTS + i, from + i);
   }
 
-  // Convolution of (CHANNELS, WIDTH, WIDTH), whose origin is moved by MARGIN beyond it, to (outputs, SIZE, SIZE); calls
+  // Convolution of (CHANNELS, WIDTH, WIDTH), which has MARGIN zeros around it that are not stored, to (outputs, SIZE, SIZE); calls
   // store(channel, y, x, sum).
   template <int CHANNELS, int KERNEL_SIZE, int WIDTH, int MARGIN, int OUTPUTS, int SIZE, class Store>
   DEVICE void convolve(const float *in, Store store) const {
@@ -507,7 +501,7 @@ struct Step {
         taps[t] = inputs<I>() + tap / AREA * WIDTH * WIDTH + at / K * WIDTH + at % K;
       }
       float products[TILE_OUTPUTS / 4][32] = {};
-#pragma unroll UNROLLED
+#pragma unroll 2
       for (int i = split * WARP + lane(); i < layer.pixels(); i += SPLITS * WARP) {
         const int at = i + i / layer.size() * (WIDTH - layer.size());
         float v[TILE_TAPS];
@@ -851,7 +845,7 @@ struct Step {
 #pragma unroll
         for (int other = 0; other < ROWS; other++) gradient += sums[other * COLUMNS + column];
         a.gradients[i] = gradient;
-        if (a.updates) descend(i, gradient, old, velocity, place, flipped);
+        descend(i, gradient, old, velocity, place, flipped);
       }
       sync_threads();
     }

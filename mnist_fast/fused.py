@@ -1,5 +1,4 @@
-"""Training steps on NVIDIA GPUs as one kernel each (fused.cu): no launch but its own, no memory
-traffic but weights and sums.
+"""Training steps on NVIDIA GPUs as one kernel each (fused.cu).
 
 Every image of a batch has a multiprocessor to itself, and all are at work at the same time: it
 takes a GPU with as many multiprocessors as a batch has images, and with their shared memory large
@@ -15,6 +14,7 @@ import functools
 import hashlib
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,11 @@ SOURCE = Path(__file__).with_name("fused.cu")
 THREADS = 512  # of a block: with more, registers are short
 MOST_CHANNELS = 64  # fused.cu's
 SHARED_MEMORY = 227 * 1024  # bytes of a multiprocessor, of which the larger network takes 224 KB
-FIELDS = ("inputs", "outputs", "kernel", "padding", "input_size", "normalises", "relu_before")
-FIELDS += ("relu_after", "pool", "window", "epsilon", "momentum", "dropout")  # fused.cu's Layer
+# fused.cu's Layer
+FIELDS = [
+    *("inputs", "outputs", "kernel", "padding", "input_size", "normalises", "relu_before"),
+    *("relu_after", "pool", "window", "epsilon", "momentum", "dropout"),
+]
 OPTIONS = ("-std=c++20", "-default-device", "-diag-suppress=128,177")
 
 
@@ -49,19 +52,23 @@ class Ranges(ctypes.Structure):
     ]
 
 
+# Memory that a step keeps, in the order of fused.cu's Arguments
+ROOMS = [
+    *("parameters", "momenta", "gradients", "statistics", "counters", "totals"),
+    *("partial", "losses", "packed", "places", "words"),
+]
+
+
 class Arguments(ctypes.Structure):
     """What the kernel takes; the same fields stand in fused.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("images", "labels", "rows", "inputs")),
-        *((name, ctypes.c_void_p) for name in ("parameters", "momenta", "gradients")),
-        *((name, ctypes.c_void_p) for name in ("statistics", "counters", "totals")),
-        *((name, ctypes.c_void_p) for name in ("partial", "losses", "packed", "places", "words")),
+        *((name, ctypes.c_void_p) for name in ("images", "labels", "rows", "inputs", *ROOMS)),
         *((name, ctypes.c_uint64) for name in ("augment_key", "dropout_key")),
         ("position", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("rate", "momentum", "weight_decay", "weight")),
         *(("smoothing", ctypes.c_float), ("ticket", ctypes.c_uint32)),
-        *((name, ctypes.c_int32) for name in ("augmented", "updates", "nesterov")),
+        *((name, ctypes.c_int32) for name in ("augmented", "nesterov")),
         ("ranges", Ranges),
     ]
 
@@ -88,8 +95,8 @@ def obstacle(config: Config, images: int, world_size: int) -> str:
     return ""
 
 
-def prelude(network: Network, images: int) -> str:
-    """Definitions that fused.cu needs, for a network on the CPU and a number of images.
+def prelude(network: Network, images: int, threads: int = THREADS) -> str:
+    """Definitions that fused.cu needs, for a network on the CPU, images and threads of a block.
 
     Raises:
         ValueError: the network holds what fused.cu does not know.
@@ -100,9 +107,8 @@ def prelude(network: Network, images: int) -> str:
     if max(layer.outputs for layer in layers) > MOST_CHANNELS:
         raise ValueError(f"fused steps: more than {MOST_CHANNELS} channels")
     rows = ("{" + ", ".join(_number(getattr(layer, f)) for f in FIELDS) + "}" for layer in layers)
-    return (
-        f"#define NETWORK {', '.join(rows)}\n#define THREADS {THREADS}\n#define BLOCKS {images}\n"
-    )
+    values = {"NETWORK": ", ".join(rows), "THREADS": threads, "BLOCKS": images}
+    return "".join(f"#define {name} {value}\n" for name, value in values.items())
 
 
 def _number(value: float) -> str:
@@ -167,10 +173,8 @@ def _stream() -> int:
 
 
 def _pointers(arguments: Arguments) -> int:
-    """Address of the array of pointers that a launch takes."""
-    arguments.pointers = (ctypes.c_void_p * 1)(
-        ctypes.addressof(arguments)
-    )  # kept as long as they are
+    """Address of the array of pointers that a launch takes, kept alive by the arguments."""
+    arguments.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
     return ctypes.addressof(arguments.pointers)
 
 
@@ -269,16 +273,13 @@ class FusedStep:
             torch.zeros(2 * layers + 1, MOST_CHANNELS, images, 4, device=device),
         ]
         self._rooms = [*rooms, statistics, counters, totals, *work]
-        names = ("parameters", "momenta", "gradients", "statistics", "counters", "totals")
-        names += ("partial", "losses", "packed", "places", "words")
         self.augments = config.resampling == "nearest" and not config.elastic
         self._arguments = Arguments(
-            **dict(zip(names, (room.data_ptr() for room in self._rooms), strict=True)),
+            **dict(zip(ROOMS, (room.data_ptr() for room in self._rooms), strict=True)),
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             smoothing=config.label_smoothing,
             nesterov=config.nesterov,
-            updates=1,
             ranges=Ranges(
                 rotation=math.radians(config.rotation),
                 angle=math.radians(config.affine_rotation),
@@ -326,7 +327,7 @@ class FusedStep:
         self._kernel.pack(self._arguments)
 
 
-def _views(room: Tensor, like: list[Tensor]) -> list[Tensor]:
+def _views(room: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views of a flat tensor in the shapes of others, one behind the other."""
     parts = room.split([tensor.numel() for tensor in like])
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

@@ -256,16 +256,20 @@ class TrainingStep:
         self._set_up_optimizer()
         self._augmented, self._augment_key, self._dropout_key = True, 0, 0
         self._captured: dict[bool, CapturedStep] = {}  # by whether images are augmented
+        self._choose_functions()
+
+    def _choose_functions(self) -> None:
+        """Sets what augments and what goes forward, compiled where the mode has it so."""
         self._augment, self._forward = augment, self._forward_rest
         if self.mode == "native":
             self._augment = functools.partial(augment, warp=native.warp)
-        if self.mode in ("compiled", "captured", "fused"):
-            keep_compiled_kernels()
-        if self.mode in ("compiled", "captured"):
+        if self.mode not in ("compiled", "captured", "fused"):
+            return
+        keep_compiled_kernels()
+        if self.mode != "fused":
             self._forward = torch.compile(self._forward_rest, dynamic=False)
-        if self.mode in ("compiled", "captured", "fused"):
-            if device.type == "cuda":  # on CPUs the eager kernels are the faster ones
-                self._augment = torch.compile(augment, dynamic=False)
+        if self.runtime.device.type == "cuda":  # on CPUs the eager kernels are the faster ones
+            self._augment = torch.compile(augment, dynamic=False)
 
     def _set_up_optimizer(self) -> None:
         """Hands the optimiser the rate's tensor, and the state that its first step would create."""
@@ -331,6 +335,7 @@ class TrainingStep:
         self._average()
 
     def _train_fused(self, batch: Batch, learning_rate: float) -> None:
+        """One step of the fused kernel."""
         assert self._fused is not None
         inputs = None
         if self._augmented and not self._fused.augments:

@@ -246,12 +246,12 @@ def test_networks_that_it_does_not_know_are_refused(layers):
 
 def test_bf16_and_machines_without_a_compiler_are_refused_in_one_line(monkeypatch):
     with pytest.raises(InputError, match="float32"):
-        resolve_mode(Config(step="native"), "bf16", 60_000)
+        resolve_mode(Config(step="native"), "bf16", Sharding(60_000, 128, True))
     monkeypatch.setattr(native, "load_library", lambda: None)
     with pytest.raises(InputError, match="compiler"):
-        resolve_mode(Config(step="native"), "no", 60_000)
+        resolve_mode(Config(step="native"), "no", Sharding(60_000, 128, True))
     monkeypatch.setattr(native, "compiler", lambda: None)
-    assert resolve_mode(Config(), "no", 60_000) == "eager"
+    assert resolve_mode(Config(), "no", Sharding(60_000, 128, True)) == "eager"
 
 
 def test_code_that_does_not_compile_is_told_in_a_line(monkeypatch, tmp_path, capsys):

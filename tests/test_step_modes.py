@@ -15,6 +15,7 @@ from mnist_fast.model import build_network
 from mnist_fast.step import TrainingStep, resolve_mode
 
 SHARDING = Sharding(76, 16, drop_last=False)  # 4 batches of 16 and one of 12
+MNIST = Sharding(60_000, 128, drop_last=True)
 LONG = Config(epochs=15, step="auto")
 CONFIG = Config(
     epochs=3,
@@ -158,23 +159,23 @@ def test_a_loaded_state_lies_where_the_graph_reads(rerun, runtime, pool):
 
 def test_captured_needs_a_gpu():
     with pytest.raises(InputError, match="--step captured needs a GPU"):
-        resolve_mode(dataclasses.replace(LONG, step="captured"), "bf16", 60_000)
+        resolve_mode(dataclasses.replace(LONG, step="captured"), "bf16", MNIST)
 
 
 @pytest.mark.parametrize(
-    ("choices", "precision", "images", "mode"),
+    ("choices", "precision", "mode"),
     [
-        ({}, "bf16", 60_000, "captured"),
-        ({"epochs": 1}, "bf16", 60_000, "eager"),  # too short
-        ({"step": "captured", "epochs": 1}, "bf16", 60_000, "captured"),
-        ({"step": "compiled"}, "no", 60_000, "compiled"),
-        ({}, "fp16", 60_000, "eager"),
-        ({"step": "captured"}, "fp16", 60_000, "eager"),
+        ({}, "bf16", "captured"),
+        ({"epochs": 1}, "bf16", "eager"),  # too short
+        ({"step": "captured", "epochs": 1}, "bf16", "captured"),
+        ({"step": "compiled"}, "no", "compiled"),
+        ({}, "fp16", "eager"),
+        ({"step": "captured"}, "fp16", "eager"),
     ],
 )
-def test_modes_on_a_gpu(monkeypatch, choices, precision, images, mode):
+def test_modes_on_a_gpu(monkeypatch, choices, precision, mode):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_mode(dataclasses.replace(LONG, **choices), precision, images) == mode
+    assert resolve_mode(dataclasses.replace(LONG, **choices), precision, MNIST) == mode
 
 
 def test_fp16_says_that_it_cannot_be_captured(monkeypatch, runtime, capsys):
