@@ -515,7 +515,8 @@ def build_parser() -> Parser:
         "--side_by_side",
         choices=["auto", "true", "false"],
         default="auto",
-        help="all seeds in one batched program; auto: on one GPU (default %(default)s)",
+        help="all seeds in one program, where steps are fused one after another; auto: on one GPU "
+        "(default %(default)s)",
     )
     add("--group", type=int, default=32, help="seeds in one such program (default %(default)s)")
     add("--compare_side_by_side", action="store_true", help=compare.__doc__.split("\n")[0])  # type: ignore[union-attr]

@@ -438,7 +438,7 @@ struct Step {
   }
 
   // Convolution of (CHANNELS, WIDTH, WIDTH), which has MARGIN zeros around it that are not stored, to (outputs, SIZE, SIZE); calls
-  // store(channel, y, x, sum).
+  // store(channel, y, x, sum). A strip may reach below the outputs: what it reads and finds there is dropped.
   template <int CHANNELS, int KERNEL_SIZE, int WIDTH, int MARGIN, int OUTPUTS, int SIZE, class Store>
   DEVICE void convolve(const float *in, Store store) const {
     constexpr Tiling tiling = choose(CHANNELS, OUTPUTS, KERNEL_SIZE, SIZE);

@@ -1,6 +1,6 @@
-"""Many seeds side by side: N networks trained as one batched program on one device.
+"""Many seeds in one program on one device: side by side, or one after another (`train_in_turn`).
 
-A network this small leaves most of a GPU idle. Here the N networks become one with N groups of
+A network this small leaves most of a GPU idle, unless its steps are fused. Side by side the N networks become one with N groups of
 channels: every convolution is grouped, and BatchNorm, pooling and SGD work per channel or per
 weight anyway. So no network sees another, and each does what a run of its seed alone does: the
 same initial weights, order and augmentation, the same updates within rounding. Dropout alone
@@ -356,7 +356,7 @@ def train_in_turn(config: Config, seeds: Sequence[int]) -> Iterator[dict[str, An
             totals = step.totals[None, :2].cpu()  # waits for the device
             seconds += time.perf_counter() - epoch_begun
             found = evaluate(step.best_network(), *evaluation, runtime, len(evaluation[1]))
-            hits = found.accuracy / 100 * found.images
+            hits = round(found.accuracy / 100 * found.images)
             measured = torch.tensor([[found.loss * found.images, hits]], dtype=torch.float64)
             history.append(
                 make_records(config, sharding, [seed], totals, measured, epoch + 1, found.images)

@@ -10,7 +10,7 @@ from mnist_fast.config import Config
 from mnist_fast.errors import InputError, RunError
 from mnist_fast.evaluate import evaluate
 from mnist_fast.loop import Training
-from mnist_fast.many import SideBySide, WideNetwork, train_many, widen
+from mnist_fast.many import SideBySide, WideNetwork, train_in_turn, train_many, widen
 from mnist_fast.model import NETWORKS, build_network
 
 SEEDS = [3, 1, 2]
@@ -82,6 +82,21 @@ def test_side_by_side_equals_single_runs(changes, small_betons, in_process, tmp_
         losses.append(records[0][0].loss)
     # the tolerance means something: another seed's losses lie far outside of it
     assert abs(losses[0] / losses[1] - 1) > 5 * LOSS_TOLERANCE
+
+
+def test_in_turn_equals_single_runs(small_betons, in_process, tmp_path):
+    """Exactly: a seed finds nothing of the one before."""
+    config = dataclasses.replace(FAST, data_dir=str(small_betons), dropout=0.1, ema_decay=0.5)
+    for summary in train_in_turn(config, SEEDS[:2]):
+        seed = summary["seed"]
+        run_dir = str(tmp_path / str(seed))
+        records, _ = train_alone(dataclasses.replace(config, seed=seed, run_dir=run_dir))
+        for mine, (train, held_out) in zip(summary["records"], records, strict=True):
+            assert mine["train_loss"] == train.loss
+            assert mine["validation_loss"] == pytest.approx(held_out.loss, rel=1e-12)
+            assert mine["train_accuracy"] == train.accuracy
+            assert mine["validation_accuracy"] == held_out.accuracy
+        assert summary["validation_accuracy"] == records[-1][1].accuracy
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -175,6 +190,8 @@ def test_divergence_is_told(small_betons, in_process):
     )
     with pytest.raises(RunError, match="nan in epoch 1 for every seed"):
         train_many(dataclasses.replace(config, batch_size=8), [1])
+    with pytest.raises(RunError, match="nan in epoch 1"):
+        next(train_in_turn(dataclasses.replace(config, batch_size=8), [1]))
 
 
 def test_half_precision_is_refused(small_betons, in_process):

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from benchmarks import seeds
-from mnist_fast import signals
+from mnist_fast import many, signals
 from mnist_fast.errors import InputError, RunError, Stopped
 
 QUICK = ["--dataset", "digits", "--epochs", "1", "--batch_size", "64", "--precision", "no"]
@@ -203,8 +203,10 @@ def test_failed_seeds_are_an_error(tmp_path, monkeypatch):
         seeds.train_seeds(experiment, [1], False, choices())
 
 
-def test_side_by_side_to_report(small_betons, in_process, tmp_path, monkeypatch, capsys):
-    """The whole way, with the side-by-side program in this process instead of in its own."""
+@pytest.mark.parametrize("fused", [False, True])
+def test_one_program_to_report(fused, small_betons, in_process, tmp_path, monkeypatch, capsys):
+    """The whole way, with the program of all seeds in this process instead of in its own."""
+    monkeypatch.setattr(many, "fuses", lambda _: fused)  # side by side, or one after another
     options = [*QUICK, "--data_dir", str(small_betons)]
 
     def here(jobs, *_):
@@ -221,7 +223,8 @@ def test_side_by_side_to_report(small_betons, in_process, tmp_path, monkeypatch,
     text = (tmp_path / "seeds-x.json").read_text()
     report = json.loads(text)
     assert [run["seed"] for run in report["runs"]] == [4, 5]
-    assert report["accuracy"]["n"] == report["side_by_side"] == 2
+    assert report["accuracy"]["n"] == 2
+    assert report["side_by_side"] == (None if fused else 2)
     assert report["evaluated_on"] == "validation"
     assert str(tmp_path) not in text
     assert str(small_betons) not in text

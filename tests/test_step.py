@@ -268,7 +268,10 @@ def test_the_mode_follows_choice_precision_size_and_compiler(
     found = "g++" if compiler else None
     monkeypatch.setattr(native, "compiler", lambda: found)
     monkeypatch.setattr(native, "load_library", lambda: found)
-    assert resolve_mode(Config(step=choice, epochs=15), precision, Sharding(images, 128, True)) == expected
+    assert (
+        resolve_mode(Config(step=choice, epochs=15), precision, Sharding(images, 128, True))
+        == expected
+    )
 
 
 # Compiled
