@@ -299,11 +299,9 @@ def work(folder: Path, seeds: Sequence[int], options: Sequence[str]) -> None:
         run_dir(seed).mkdir(parents=True, exist_ok=True)
         (run_dir(seed) / "metrics.jsonl").unlink(missing_ok=True)
     config = load(options)
-    in_turn = fuses(config)
-    for summary in train_in_turn(config, seeds) if in_turn else train_many(config, seeds, note)[0]:
-        for record in summary.pop("records"):
-            if in_turn:
-                note(record["epoch"], [record])
+    given = (config, seeds, note)
+    for summary in train_in_turn(*given) if fuses(config) else train_many(*given)[0]:
+        del summary["records"]
         text = json.dumps(summary, indent=2) + "\n"
         write_atomically(run_dir(summary["seed"]) / "summary.json", text)
 

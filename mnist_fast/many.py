@@ -1,11 +1,11 @@
-"""Many seeds in one program on one device: side by side, or one after another (`train_in_turn`).
+"""Many seeds in one program on one device: side by side, or one after another.
 
-A network this small leaves most of a GPU idle, unless its steps are fused. Side by side the N networks become one with N groups of
-channels: every convolution is grouped, and BatchNorm, pooling and SGD work per channel or per
-weight anyway. So no network sees another, and each does what a run of its seed alone does: the
-same initial weights, order and augmentation, the same updates within rounding. Dropout alone
-draws other masks. All that changes from step to step lies in device memory, so that one CUDA
-graph holds the whole step.
+A network this small leaves most of a GPU idle, unless its steps are fused. Side by side the N
+networks become one with N groups of channels: every convolution is grouped, and BatchNorm, pooling
+and SGD work per channel or per weight anyway. So no network sees another, and each does what a run
+of its seed alone does: the same initial weights, order and augmentation, the same updates within
+rounding. Dropout alone draws other masks. All that changes from step to step lies in device memory,
+so that one CUDA graph holds the whole step.
 """
 
 import contextlib
@@ -318,7 +318,11 @@ def fuses(config: Config) -> bool:
     return wanted and not config.tta and not obstacle(config, config.batch_size, 1)
 
 
-def train_in_turn(config: Config, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+def train_in_turn(
+    config: Config,
+    seeds: Sequence[int],
+    on_epoch: Callable[[int, Records], None] | None = None,
+) -> Iterator[dict[str, Any]]:
     """Trains one network per seed, one after another, in the same compiled step.
 
     A fused step leaves no multiprocessor idle, so that nothing is gained side by side; but a
@@ -327,9 +331,10 @@ def train_in_turn(config: Config, seeds: Sequence[int]) -> Iterator[dict[str, An
     Args:
         config: one run's choices; its seed is not used, its run_dir neither.
         seeds: one per network.
+        on_epoch: as for `train_many`, with the one record of the seed that is trained.
 
     Yields:
-        Each seed's summary when it is trained, as `train_many` returns them.
+        Each seed's summary when it is trained, with the keys of `train_many`'s.
 
     Raises:
         InputError: bad configuration or data.
@@ -338,33 +343,41 @@ def train_in_turn(config: Config, seeds: Sequence[int]) -> Iterator[dict[str, An
     started = time.perf_counter()
     runtime = Runtime(config)
     train, evaluation, dataset = read_data(config, runtime)
+    count = len(evaluation[1])
     sharding = Sharding(len(train[1]), config.batch_size, config.drop_last)
     network = build_network(config.network, config.dropout)
     step = TrainingStep(config, network, runtime, sharding)
     step.warm_up(ResidentFeed(*train, sharding, config.seed).example())
+    facts = shared_facts(config, runtime, dataset, count_parameters(network))
     for seed in seeds:
-        begun, history, seconds = time.perf_counter(), [], 0.0
+        begun, seconds = time.perf_counter(), 0.0
         step.start_over(seed)
         feed = ResidentFeed(*train, sharding, seed)
-        for epoch in range(config.epochs):
-            epoch_begun = time.perf_counter()
-            step.reset_totals()
-            step.start_epoch(epoch)
-            first = epoch * sharding.steps
-            for number, batch in enumerate(feed.epoch(epoch), start=first):
-                step(batch, learning_rate(config, number, sharding.steps))
-            totals = step.totals[None, :2].cpu()  # waits for the device
-            seconds += time.perf_counter() - epoch_begun
-            found = evaluate(step.best_network(), *evaluation, runtime, len(evaluation[1]))
-            hits = round(found.accuracy / 100 * found.images)
-            measured = torch.tensor([[found.loss * found.images, hits]], dtype=torch.float64)
-            history.append(
-                make_records(config, sharding, [seed], totals, measured, epoch + 1, found.images)
-            )
-        facts = shared_facts(config, runtime, dataset, count_parameters(network))
-        facts |= {"train_seconds": seconds, "startup_seconds": begun - started}
-        yield summarise(config, seed, facts, history)
+        history: list[Records] = []
+        for epoch in range(1, config.epochs + 1):
+            totals, taken = train_epoch(step, feed, epoch - 1)
+            seconds += taken
+            found = evaluate(step.best_network(), *evaluation, runtime, count)
+            hits = round(found.accuracy / 100 * count)
+            measured = torch.tensor([[found.loss * count, hits]], dtype=torch.float64)
+            given = (config, sharding, [seed], totals, measured)
+            history.append(make_records(*given, epoch, count))
+            if on_epoch is not None:
+                on_epoch(epoch, history[-1])
+        times = {"train_seconds": seconds, "startup_seconds": begun - started}
+        yield summarise(config, seed, facts | times, history)
         started = time.perf_counter()
+
+
+def train_epoch(step: TrainingStep, feed: ResidentFeed, epoch: int) -> tuple[Tensor, float]:
+    """Trains an epoch; sum of losses and correct predictions (1, 2) on the CPU, and seconds."""
+    begun, steps = time.perf_counter(), feed.sharding.steps
+    step.reset_totals()
+    step.start_epoch(epoch)
+    for number, batch in enumerate(feed.epoch(epoch), start=epoch * steps):
+        step(batch, learning_rate(step.config, number, steps))
+    totals = step.totals[None, :2].cpu()  # waits for the device
+    return totals, time.perf_counter() - begun
 
 
 def shared_facts(config: Config, runtime: Runtime, dataset: str, parameters: int) -> dict[str, Any]:
