@@ -5,9 +5,9 @@
 
 Other options are handed on to train.py. Seeds that are finished are not trained again, and one
 that was cut short goes on from its checkpoint. On a CPU as many seeds are trained at a time as
-there are cores, each on one thread; on several GPUs one seed per GPU; on one GPU all of them side
-by side in one program (--side_by_side). Results: a table, benchmarks/results/seeds-NAME.json and
-a figure beside it.
+there are cores, each on one thread; on several GPUs one seed per GPU; on one GPU all of them in one
+program (--side_by_side): where steps are fused one after another, elsewhere side by side. Results:
+a table, benchmarks/results/seeds-NAME.json and a figure beside it.
 """
 
 import argparse
@@ -192,7 +192,7 @@ class Experiment:
         return Job([seed], command, self.folder / f"seed-{seed}.log", timeout)
 
     def together(self, seeds: Sequence[int], timeout: float) -> Job:
-        """The job that trains seeds side by side."""
+        """The job that trains seeds in one program."""
         worker = ["--worker", str(self.folder), *map(str, seeds), "--", *self.options]
         command = [sys.executable, str(Path(__file__).resolve()), *worker]
         name = f"seeds-{'-'.join(map(str, seeds))}.log"
@@ -351,6 +351,7 @@ def make_report(experiment: Experiment, seeds: Sequence[int]) -> dict[str, Any]:
         "parameters": first["parameters"],
         "device": first["device"],
         "precision": first["precision"],
+        "step": first.get("step"),
         "git_commits": sorted(commits),
         "versions": first.get("versions"),
         "side_by_side": together,
@@ -437,7 +438,7 @@ def save(report: dict[str, Any], path: Path) -> None:
 
 
 def compare(seeds: Sequence[int], options: Sequence[str], choices: argparse.Namespace) -> int:
-    """Trains the seeds one after another and side by side; tells both times and distributions.
+    """Trains the seeds in a program each and all in one; tells both times and distributions.
 
     The p value is Welch's for equal mean accuracies.
     """
@@ -466,7 +467,7 @@ def compare(seeds: Sequence[int], options: Sequence[str], choices: argparse.Name
         "welch_p": float(ttest_ind(*accuracies, equal_var=False).pvalue),
     }
     print(
-        f"{len(seeds)} seeds: training {train[0]:.1f} s alone, {train[1]:.1f} s side by side, "
+        f"{len(seeds)} seeds: training {train[0]:.1f} s alone, {train[1]:.1f} s together, "
         f"{verdict['train_speedup']:.2f} times as fast; with start-up {wall[0]:.1f} s and "
         f"{wall[1]:.1f} s, {verdict['wall_speedup']:.2f} times; equal means: p = "
         f"{verdict['welch_p']:.2f}"

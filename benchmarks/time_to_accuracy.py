@@ -67,7 +67,7 @@ class Result:
 
 
 class Runner:
-    """Trains one schedule with many seeds in the same compiled and captured step."""
+    """Trains one schedule with many seeds in the same step, compiled once."""
 
     def __init__(self, config: Config, runtime: Runtime, train: tuple[Tensor, Tensor]):
         self.config, self.runtime, self.train = config, runtime, train
@@ -205,9 +205,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add_out(parser)
     parser.add_argument("--quick", action="store_true", help="one schedule, for tests")
     options = parser.parse_args(arguments)
-    longest = max(schedule[0] for schedule in SCHEDULES)
-    if options.from_epochs > longest:
-        parser.error(f"--from_epochs {options.from_epochs}: no schedule has more than {longest}")
+    options.schedules = [
+        schedule
+        for schedule in SCHEDULES
+        if schedule[0] >= options.from_epochs
+        and (not options.batch_sizes or schedule[1] in options.batch_sizes)
+    ]
+    if not options.schedules:
+        parser.error("no schedule has that --batch_sizes and --from_epochs")
     make_writable(options.out, "--out")
     return options
 
@@ -216,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Searches the schedules, prints and writes what reached the targets."""
     options = parse(arguments)
     started = time.monotonic()
-    runtime = Runtime(Config())
+    runtime = Runtime(Config(step=options.step))
     facts = hardware(runtime.device)
     images, labels = load_images(options.data_dir)
     train = (images.to(runtime.device), labels.to(runtime.device))
@@ -239,11 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     kind = "gpu" if runtime.device.type == "cuda" else "cpu"
     targets = "-".join(map(str, options.open))
     path = options.out / f"time_to_accuracy-{kind}-{targets}.json"
-    for schedule in SCHEDULES[:1] if options.quick else SCHEDULES:
-        if schedule[0] < options.from_epochs:
-            continue
-        if options.batch_sizes and schedule[1] not in options.batch_sizes:
-            continue
+    for schedule in options.schedules[:1] if options.quick else options.schedules:
         if not options.open or time.monotonic() - started > 60 * options.minutes:
             break
         row = summarise(try_schedule(schedule, options, runtime, train, test))

@@ -87,7 +87,9 @@ class Config:
 
     # How it runs
     precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "auto", "mixed precision; auto is what the launcher set, else bf16 on GPUs that have it"
+        "auto",
+        "mixed precision; auto is what the launcher set, else float32 on CPUs and where steps are "
+        "fused, and bf16 on other GPUs that have it",
     )
     step: Literal["auto", "eager", "native", "compiled", "captured", "fused"] = option(
         "auto",

@@ -45,7 +45,8 @@ struct Ranges {
   float rotation, angle, shear, scale_min, scale_max, translate, brightness, contrast, fill;
 };
 
-// Two sums of one block and the step they belong to, twice: they arrive in 8 bytes each, a tag beside each sum.
+// Two sums of one block and the step they belong to, twice: a sum and its tag arrive together, as 8 bytes (on which the
+// low-latency protocol of NCCL relies, too).
 struct alignas(16) Word {
   float first;
   u32 tag;
@@ -186,7 +187,7 @@ constexpr int value_place(int index) {
   const Layer layer = LAYERS[index];
   return input_place(index) + four(layer.inputs * layer.padded() * layer.padded());
 }
-constexpr int WEIGHTS = input_place(COUNT - 1) + four(LAYERS[COUNT - 1].inputs) + four(LAYERS[COUNT - 1].outputs) + 4;
+constexpr int WEIGHTS = input_place(COUNT) + 4;
 constexpr int weights_room() {
   int room = 0;
   for (Layer layer : LAYERS)
@@ -661,7 +662,7 @@ struct Step {
 #pragma unroll
         for (int w = 1; w < AREA; w++) {
           const float other = result<I>(channel, window_pixel<I>(cell, w));
-          best = other <= best ? best : other;  // NaN stays
+          best = other > best || other != other ? other : best;  // NaN stays
         }
         next<I>(channel, cell) = best;
       }

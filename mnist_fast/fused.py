@@ -9,11 +9,13 @@ kept in the user's cache folder.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import math
-import tempfile
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from mnist_fast import native
 from mnist_fast.augment import warps
 from mnist_fast.config import Config
-from mnist_fast.files import say
+from mnist_fast.files import say, write_atomically
 from mnist_fast.model import IMAGE_SIZE, Network, build_network
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name("fused.cu")
 THREADS = 512  # of a block: with more, registers are short
 MOST_CHANNELS = 64  # fused.cu's
-SHARED_MEMORY = 227 * 1024  # bytes of a multiprocessor, of which the larger network takes 224 KB
+SHARED_MEMORY = 227 * 1024  # bytes of a multiprocessor, of which the larger network takes 223 KB
 # fused.cu's Layer
 FIELDS = [
     *("inputs", "outputs", "kernel", "padding", "input_size", "normalises", "relu_before"),
@@ -50,6 +52,21 @@ class Ranges(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("scale_max", "translate", "brightness")),
         *((name, ctypes.c_float) for name in ("contrast", "fill")),
     ]
+
+
+def find_ranges(config: Config) -> Ranges:
+    """A recipe's strengths in the kernel's units."""
+    return Ranges(
+        rotation=math.radians(config.rotation),
+        angle=math.radians(config.affine_rotation),
+        shear=math.radians(config.shear),
+        scale_min=config.scale_min,
+        scale_max=config.scale_max,
+        translate=config.translate * IMAGE_SIZE,
+        brightness=config.brightness,
+        contrast=config.contrast,
+        fill=config.fill / 255,
+    )
 
 
 # Memory that a step keeps, in the order of fused.cu's Arguments
@@ -81,8 +98,10 @@ def obstacle(config: Config, images: int, world_size: int) -> str:
         images: in each batch of a process.
         world_size: number of processes.
     """
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or "ACCELERATE_USE_CPU" in os.environ:
         return "it needs a GPU"
+    if not _has_bindings():
+        return "it needs the package cuda-bindings"
     if config.optimizer != "sgd" or config.ema_decay:
         return "it has plain SGD alone"
     if world_size > 1:
@@ -93,6 +112,13 @@ def obstacle(config: Config, images: int, world_size: int) -> str:
     if getattr(gpu, "shared_memory_per_block_optin", 0) < SHARED_MEMORY:
         return "this GPU's multiprocessors have too little shared memory"
     return ""
+
+
+def _has_bindings() -> bool:
+    """Whether Python can call CUDA; what torch brings for Linux since CUDA 13."""
+    with contextlib.suppress(ModuleNotFoundError):
+        return importlib.util.find_spec("cuda.bindings") is not None
+    return False
 
 
 def prelude(network: Network, images: int, threads: int = THREADS) -> str:
@@ -119,7 +145,9 @@ def _number(value: float) -> str:
 def load_kernel(name: str, dropout: float, images: int) -> Any:
     """The compiled kernel; None where it cannot be compiled, which is then said once."""
     try:
-        return Kernel(build_network(name, dropout), images)
+        with torch.random.fork_rng(devices=[]):
+            network = build_network(name, dropout)
+        return Kernel(network, images)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         say(f"step: no fused kernel on this machine: {str(error).strip().splitlines()[0]}")
         return None
@@ -138,12 +166,15 @@ class Kernel:
     """
 
     def __init__(self, network: Network, images: int):
-        from cuda.bindings import driver  # torch's CUDA builds bring it
+        from cuda.bindings import driver
 
         self._driver, self.images = driver, images
         torch.zeros(1, device="cuda")  # makes torch's context the current one
         text = prelude(network, images) + SOURCE.read_text()
-        self._module = _call(driver.cuModuleLoadData(compile_source(text)))
+        try:
+            self._module = _call(driver.cuModuleLoadData(compile_source(text)))
+        except RuntimeError:  # what the cache had may be damaged
+            self._module = _call(driver.cuModuleLoadData(compile_source(text, anew=True)))
         self._train = _call(driver.cuModuleGetFunction(self._module, b"train"))
         self._pack = _call(driver.cuModuleGetFunction(self._module, b"pack"))
         self._shared, self.packed = (self._constant(n) for n in (b"shared_bytes", b"packed_floats"))
@@ -156,26 +187,20 @@ class Kernel:
         _call(self._driver.cuMemcpyDtoH(ctypes.addressof(value), address, 4))
         return value.value
 
-    def train(self, arguments: Arguments, images: int) -> None:
-        """Starts a step on the current stream."""
+    def train(self, pointers: Any, images: int) -> None:
+        """Starts a step on the current stream; a ctypes array points to its `Arguments`."""
         launch = self._driver.cuLaunchCooperativeKernel
         shape = (images, 1, 1, THREADS, 1, 1, self._shared, _stream())
-        _call(launch(self._train, *shape, _pointers(arguments)))
+        _call(launch(self._train, *shape, ctypes.addressof(pointers)))
 
-    def pack(self, arguments: Arguments) -> None:
-        """Starts the packing of the weights on the current stream."""
+    def pack(self, pointers: Any) -> None:
+        """Starts the packing of the weights on the current stream; arguments as for `train`."""
         shape = (1, 1, 1, THREADS, 1, 1, 0, _stream())
-        _call(self._driver.cuLaunchKernel(self._pack, *shape, _pointers(arguments), 0))
+        _call(self._driver.cuLaunchKernel(self._pack, *shape, ctypes.addressof(pointers), 0))
 
 
 def _stream() -> int:
     return torch.cuda.current_stream().cuda_stream
-
-
-def _pointers(arguments: Arguments) -> int:
-    """Address of the array of pointers that a launch takes, kept alive by the arguments."""
-    arguments.pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-    return ctypes.addressof(arguments.pointers)
 
 
 def _call(answer: tuple[Any, ...]) -> Any:
@@ -190,8 +215,12 @@ def _call(answer: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def compile_source(text: str) -> bytes:
+def compile_source(text: str, anew: bool = False) -> bytes:
     """Machine code for the current GPU, from the cache where it is there.
+
+    Args:
+        text: the program.
+        anew: whether not to look into the cache.
 
     Raises:
         RuntimeError: the compiler refused it; its words are in it.
@@ -199,17 +228,16 @@ def compile_source(text: str) -> bytes:
     major, minor = torch.cuda.get_device_capability()
     options = (*OPTIONS, f"-arch=sm_{major}{minor}")
     key = hashlib.sha256("/".join([text, *options, str(torch.version.cuda)]).encode()).hexdigest()
-    try:
+    path = None
+    with contextlib.suppress(OSError, RuntimeError):
         path = native.cache_folder("fused") / f"{key[:16]}.cubin"
-    except (OSError, RuntimeError):
-        path = Path(tempfile.mkdtemp(prefix="mnist_fast-")) / "kernel.cubin"
-    if not path.exists():
-        code = _compile(text, options)
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:  # others may compile it, too
-            made = Path(scratch) / path.name
-            made.write_bytes(code)
-            made.replace(path)
-    return path.read_bytes()
+        if not anew:
+            return path.read_bytes()
+    code = _compile(text, options)
+    if path is not None:
+        with contextlib.suppress(OSError):  # a full disk, say: the code is there all the same
+            write_atomically(path, code)
+    return code
 
 
 def _compile(text: str, options: tuple[str, ...]) -> bytes:
@@ -247,19 +275,19 @@ class FusedStep:
 
     def __init__(self, config: Config, network: Network, kernel: Any, totals: Tensor):
         self._kernel, images = kernel, kernel.images
-        parameters = list(network.parameters())
+        self._parameters = parameters = list(network.parameters())
         device = totals.device
         flat = torch.cat([p.detach().flatten() for p in parameters])
         rooms = [flat, torch.zeros_like(flat), torch.zeros_like(flat)]
         views = [_views(room, parameters) for room in rooms]
-        for parameter, view, gradient in zip(parameters, views[0], views[2], strict=True):
-            parameter.data, parameter.grad = view, gradient
-        self.momenta = views[1]
+        for parameter, view in zip(parameters, views[0], strict=True):
+            parameter.data = view
+        self.momenta, self._gradients = views[1:]
         norms = [m for m in network.layers if isinstance(m, nn.BatchNorm2d)]
         names = ("running_mean", "running_var")
-        statistics = torch.cat([getattr(norm, name) for norm in norms for name in names])
-        counters = torch.stack([norm.num_batches_tracked for norm in norms])  # type: ignore[misc]
         buffers = [getattr(norm, name) for norm in norms for name in names]
+        statistics = torch.cat(buffers)
+        counters = torch.stack([norm.num_batches_tracked for norm in norms])  # type: ignore[misc]
         for index, view in enumerate(_views(statistics, buffers)):
             setattr(norms[index // 2], names[index % 2], view)
         for norm, counter in zip(norms, counters, strict=True):
@@ -280,18 +308,9 @@ class FusedStep:
             weight_decay=config.weight_decay,
             smoothing=config.label_smoothing,
             nesterov=config.nesterov,
-            ranges=Ranges(
-                rotation=math.radians(config.rotation),
-                angle=math.radians(config.affine_rotation),
-                shear=math.radians(config.shear),
-                scale_min=config.scale_min,
-                scale_max=config.scale_max,
-                translate=config.translate * IMAGE_SIZE,
-                brightness=config.brightness,
-                contrast=config.contrast,
-                fill=config.fill / 255,
-            ),
+            ranges=find_ranges(config),
         )
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._arguments))
         self.pack()
         self._moves = bool(warps(config) or config.brightness or config.contrast)
 
@@ -313,6 +332,9 @@ class FusedStep:
             augmented: whether images are.
         """
         a = self._arguments
+        if not a.ticket:
+            for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+                parameter.grad = gradient
         a.images, a.labels = batch.images.data_ptr(), batch.labels.data_ptr()
         a.rows = None if batch.rows is None else batch.rows.data_ptr()
         a.inputs = None if inputs is None else inputs.data_ptr()
@@ -320,11 +342,11 @@ class FusedStep:
         a.position, a.rate, a.weight = batch.position, rate, 1 / batch.global_size
         a.augmented = augmented and self._moves
         a.ticket += 1
-        self._kernel.train(a, len(batch))
+        self._kernel.train(self._pointers, len(batch))
 
     def pack(self) -> None:
         """Tells the kernel that others changed the parameters."""
-        self._kernel.pack(self._arguments)
+        self._kernel.pack(self._pointers)
 
 
 def _views(room: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -11,6 +11,7 @@ so that one CUDA graph holds the whole step.
 import contextlib
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,10 +25,9 @@ from mnist_fast.config import Config
 from mnist_fast.data import ResidentFeed, Sharding, epoch_order, read_all
 from mnist_fast.errors import InputError, RunError
 from mnist_fast.evaluate import BATCH, evaluate
-from mnist_fast.fused import obstacle
 from mnist_fast.loop import git_commit, open_betons, versions
 from mnist_fast.model import CLASSES, Network, build_network, count_parameters
-from mnist_fast.runtime import Runtime, device_name
+from mnist_fast.runtime import Runtime, device_name, may_fuse, resolve_precision
 from mnist_fast.schedule import learning_rate
 from mnist_fast.step import CudaGraph, TrainingStep, build_optimizer, floats
 
@@ -313,9 +313,9 @@ def train_many(
 
 
 def fuses(config: Config) -> bool:
-    """Whether steps can be fused here, so that seeds are best trained one after another."""
-    wanted = config.step in ("auto", "fused") and config.precision in ("auto", "no")
-    return wanted and not config.tta and not obstacle(config, config.batch_size, 1)
+    """Whether steps are to be fused, so that seeds are best trained one after another."""
+    may = may_fuse(config)
+    return may and not config.tta and resolve_precision(config.precision, may) == "no"
 
 
 def train_in_turn(
@@ -338,35 +338,56 @@ def train_in_turn(
 
     Raises:
         InputError: bad configuration or data.
-        RunError: a loss is not finite.
+        RunError: some seeds' loss was not finite; the others are trained.
     """
     started = time.perf_counter()
     runtime = Runtime(config)
     train, evaluation, dataset = read_data(config, runtime)
-    count = len(evaluation[1])
     sharding = Sharding(len(train[1]), config.batch_size, config.drop_last)
     network = build_network(config.network, config.dropout)
     step = TrainingStep(config, network, runtime, sharding)
     step.warm_up(ResidentFeed(*train, sharding, config.seed).example())
     facts = shared_facts(config, runtime, dataset, count_parameters(network))
+    facts["step"] = step.mode
+    lost: list[int] = []
     for seed in seeds:
-        begun, seconds = time.perf_counter(), 0.0
+        begun = time.perf_counter()
         step.start_over(seed)
         feed = ResidentFeed(*train, sharding, seed)
-        history: list[Records] = []
-        for epoch in range(1, config.epochs + 1):
-            totals, taken = train_epoch(step, feed, epoch - 1)
-            seconds += taken
-            found = evaluate(step.best_network(), *evaluation, runtime, count)
-            hits = round(found.accuracy / 100 * count)
-            measured = torch.tensor([[found.loss * count, hits]], dtype=torch.float64)
-            given = (config, sharding, [seed], totals, measured)
-            history.append(make_records(*given, epoch, count))
-            if on_epoch is not None:
-                on_epoch(epoch, history[-1])
+        try:
+            history, seconds = train_seed(step, feed, evaluation, on_epoch)
+        except RunError:
+            lost.append(seed)
+            continue
         times = {"train_seconds": seconds, "startup_seconds": begun - started}
         yield summarise(config, seed, facts | times, history)
         started = time.perf_counter()
+    if lost:
+        names = ", ".join(map(str, lost))
+        raise RunError(f"the loss is not finite with seed {names}: lower --learning_rate")
+
+
+def train_seed(
+    step: TrainingStep,
+    feed: ResidentFeed,
+    evaluation: Pair,
+    on_epoch: Callable[[int, Records], None] | None,
+) -> tuple[list[Records], float]:
+    """Trains all epochs of the step's seed; its records by epoch, and seconds of training."""
+    config, count = step.config, len(evaluation[1])
+    history: list[Records] = []
+    seconds = 0.0
+    for epoch in range(1, config.epochs + 1):
+        totals, taken = train_epoch(step, feed, epoch - 1)
+        seconds += taken
+        found = evaluate(step.best_network(), *evaluation, step.runtime, count)
+        hits = round(found.accuracy / 100 * count)
+        measured = torch.tensor([[found.loss * count, hits]], dtype=torch.float64)
+        given = (config, feed.sharding, [config.seed], totals, measured)
+        history.append(make_records(*given, epoch, count))
+        if on_epoch is not None:
+            on_epoch(epoch, history[-1])
+    return history, seconds
 
 
 def train_epoch(step: TrainingStep, feed: ResidentFeed, epoch: int) -> tuple[Tensor, float]:
@@ -431,7 +452,7 @@ def make_records(
         images: that were evaluated.
 
     Raises:
-        RunError: no loss is a number.
+        RunError: no loss is finite.
     """
     count = min(trained.samples, trained.steps * trained.batch_size)
     name = evaluated_on(config)
@@ -447,8 +468,8 @@ def make_records(
         }
         for seed, ((loss, hits), (test_loss, test_hits)) in zip(seeds, pairs, strict=True)
     ]
-    if all(record["train_loss"] != record["train_loss"] for record in records):
-        raise RunError(f"the loss is nan in epoch {epoch} for every seed: lower --learning_rate")
+    if not any(math.isfinite(record["train_loss"]) for record in records):
+        raise RunError(f"no loss is finite in epoch {epoch}, of any seed: lower --learning_rate")
     return records
 
 

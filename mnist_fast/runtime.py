@@ -38,11 +38,7 @@ class Runtime:
     """
 
     def __init__(self, config: Config):
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        fuses = config.step in ("auto", "fused") and not fused.obstacle(
-            config, config.batch_size // processes, processes
-        )
-        self.precision = resolve_precision(config.precision, fuses)
+        self.precision = resolve_precision(config.precision, may_fuse(config))
         timeout = datetime.timedelta(seconds=config.process_timeout)
         with naming_lost_processes():
             self.accelerator = Accelerator(
@@ -57,9 +53,8 @@ class Runtime:
             )
         self.device: torch.device = self.accelerator.device
         set_threads(config.threads)
-        torch.backends.cudnn.allow_tf32 = (
-            False  # float32 is to mean float32, in evaluation above all
-        )
+        # float32 is to mean float32, in evaluation above all
+        torch.backends.cudnn.allow_tf32 = False
         self.threads = torch.get_num_threads()  # a native step leaves torch one of them
         self.device_name = device_name(self.device)
         self.rank: int = self.accelerator.process_index
@@ -250,6 +245,20 @@ def set_threads(wanted: int) -> None:
         return
     share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(wanted or max(1, share))
+
+
+def may_fuse(config: Config) -> bool:
+    """Whether steps are to be fused as far as choices and GPU allow.
+
+    Raises:
+        InputError: WORLD_SIZE is no whole number.
+    """
+    told = os.environ.get("WORLD_SIZE", "1")
+    if not told.isdecimal():
+        raise InputError(f"WORLD_SIZE is {told}: set it to the number of processes, or unset it")
+    processes = max(1, int(told))
+    wanted = config.step in ("auto", "fused") and config.precision in ("auto", "no")
+    return wanted and not fused.obstacle(config, config.batch_size // processes, processes)
 
 
 def resolve_precision(wanted: str, fuses: bool = False) -> str:

@@ -100,10 +100,10 @@ def resolve_mode(config: Config, precision: str, sharding: Sharding) -> str:
     if config.step != "auto":
         return config.step
     images = config.epochs * sharding.samples
-    if images >= NATIVE_FROM_IMAGES:
+    if precision == "no" and images >= NATIVE_FROM_IMAGES:
         if on_gpu and not _missing_for_fused(config, precision, sharding):
             return "fused"
-        if not on_gpu and precision == "no" and native.load_library():
+        if not on_gpu and native.load_library():
             return "native"
     if on_gpu:
         return "captured" if images >= COMPILE_FROM_IMAGES else "eager"
@@ -123,15 +123,16 @@ def _check_native(precision: str, on_gpu: bool) -> None:
 
 def _check_fused(config: Config, precision: str, sharding: Sharding) -> None:
     if missing := _missing_for_fused(config, precision, sharding):
-        raise InputError(f"--step fused: {missing}: use captured, eager or auto", shared=True)
+        other = "captured" if torch.cuda.is_available() else "native"
+        raise InputError(f"--step fused: {missing}: use {other}, eager or auto", shared=True)
 
 
 def _missing_for_fused(config: Config, precision: str, sharding: Sharding) -> str:
     """Why steps cannot be fused; empty where they can."""
-    if precision != "no":
-        return "it computes in float32, as --precision no"
     if reason := fused.obstacle(config, sharding.local_size, sharding.world_size):
         return reason
+    if precision != "no":
+        return "it computes in float32, as --precision no"
     kernel = fused.load_kernel(config.network, config.dropout, sharding.local_size)
     return "" if kernel else "the kernel cannot be compiled here"
 
@@ -375,7 +376,11 @@ class TrainingStep:
             example: a whole batch in the feed's form, with any content. A captured step keeps its
                 tensors.
         """
-        if self.mode in ("eager", "native", "fused"):
+        if self.mode in ("eager", "native"):
+            return
+        if self._fused is not None:
+            if not self._fused.augments:
+                self._prepare_inputs(example.gather()[0])
             return
         with self._unchanged():
             if self.mode == "compiled":

@@ -40,11 +40,11 @@ class Emulated:
         self._library = ctypes.CDLL(str(library))
         self.packed = self._library.count_packed()
 
-    def train(self, arguments, images):
-        self._library.launch_train(ctypes.byref(arguments), images)
+    def train(self, pointers, images):
+        self._library.launch_train(ctypes.c_void_p(pointers[0]), images)
 
-    def pack(self, arguments):
-        self._library.launch_pack(ctypes.byref(arguments))
+    def pack(self, pointers):
+        self._library.launch_pack(ctypes.c_void_p(pointers[0]))
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +273,8 @@ class Gpu:
 
 @pytest.fixture
 def large_gpu(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setattr(fused, "_has_bindings", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Gpu)
@@ -286,6 +288,15 @@ def test_what_stands_against_it_is_said(large_gpu, monkeypatch):
     assert "plain SGD" in fused.obstacle(Config(optimizer="adamw"), 64, 1)
     monkeypatch.setattr(Gpu, "shared_memory_per_block_optin", 99 * 1024)
     assert "too little shared memory" in fused.obstacle(Config(), 128, 1)
+    monkeypatch.setattr(fused, "_has_bindings", lambda: False)
+    assert "cuda-bindings" in fused.obstacle(Config(), 128, 1)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert "needs a GPU" in fused.obstacle(Config(), 128, 1)
+
+
+def test_what_rules_it_out_is_told_before_the_precision(large_gpu):
+    with pytest.raises(InputError, match="--step fused: this GPU has 132 multiprocessors for 256"):
+        resolve_mode(Config(step="fused"), "bf16", Sharding(60_000, 256, True))
 
 
 @pytest.mark.parametrize(
@@ -316,6 +327,19 @@ def test_auto_precision_is_float32_where_steps_are_fused(large_gpu, monkeypatch)
     assert resolve_precision("auto", fuses=True) == "bf16"
 
 
+@pytest.mark.parametrize(("told", "fuses"), [("1", True), ("0", True), ("2", False)])
+def test_the_number_of_processes_is_read_carefully(large_gpu, monkeypatch, told, fuses):
+    from mnist_fast.runtime import may_fuse
+
+    monkeypatch.setenv("WORLD_SIZE", told)
+    assert may_fuse(Config()) == fuses
+    assert not may_fuse(Config(precision="bf16"))
+    assert not may_fuse(Config(step="eager"))
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    with pytest.raises(InputError, match="WORLD_SIZE is many: set it"):
+        may_fuse(Config())
+
+
 @pytest.mark.parametrize(
     ("precision", "loads", "words"),
     [("bf16", True, "it computes in float32"), ("no", False, "the kernel cannot be compiled here")],
@@ -329,7 +353,7 @@ def test_it_is_refused_in_one_line(large_gpu, monkeypatch, precision, loads, wor
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_it_is_refused_or_left_out(capsys):
     sharding = Sharding(60_000, 128, True)
-    with pytest.raises(InputError, match="--step fused: it needs a GPU: use"):
+    with pytest.raises(InputError, match="--step fused: it needs a GPU: use native, eager or auto"):
         resolve_mode(Config(step="fused"), "no", sharding)
     fused.load_kernel.cache_clear()
     assert fused.load_kernel("notebook", 0.0, 128) is None
@@ -361,6 +385,14 @@ def test_it_compiles_for_gpus_once(hopper, monkeypatch, name):
     assert code.startswith(b"\x7fELF")
     monkeypatch.setattr(fused, "_compile", lambda *_: pytest.fail("compiled again"))
     assert fused.compile_source(text) == code
+    monkeypatch.setattr(fused, "_compile", lambda *_: b"new")
+    assert fused.compile_source(text, anew=True) == fused.compile_source(text) == b"new"
+
+
+def test_without_a_cache_it_is_compiled_each_time(hopper, monkeypatch, tmp_path):
+    (tmp_path / ".cache").write_text("in the way of the folder")
+    monkeypatch.setattr(fused, "_compile", lambda *_: b"code")
+    assert fused.compile_source("text") == b"code"
 
 
 def test_code_that_does_not_compile_is_told(hopper):

@@ -12,6 +12,7 @@ from mnist_fast.evaluate import evaluate
 from mnist_fast.loop import Training
 from mnist_fast.many import SideBySide, WideNetwork, train_in_turn, train_many, widen
 from mnist_fast.model import NETWORKS, build_network
+from mnist_fast.step import TrainingStep
 
 SEEDS = [3, 1, 2]
 FAST = Config(  # every part that a step has, in float32: a rest batch, EMA, a plain last epoch
@@ -188,10 +189,25 @@ def test_divergence_is_told(small_betons, in_process):
     config = dataclasses.replace(
         FAST, data_dir=str(small_betons), learning_rate=1e3, schedule="constant", weight_decay=1.0
     )
-    with pytest.raises(RunError, match="nan in epoch 1 for every seed"):
+    with pytest.raises(RunError, match="no loss is finite in epoch 1, of any seed"):
         train_many(dataclasses.replace(config, batch_size=8), [1])
-    with pytest.raises(RunError, match="nan in epoch 1"):
-        next(train_in_turn(dataclasses.replace(config, batch_size=8), [1]))
+
+
+def test_a_lost_seed_does_not_end_the_others(small_betons, in_process, monkeypatch):
+    config = dataclasses.replace(FAST, data_dir=str(small_betons), epochs=1)
+    start_over = TrainingStep.start_over
+
+    def spoil(step, seed):
+        start_over(step, seed)
+        if seed == 1:
+            next(step.network.parameters()).data.fill_(torch.inf)
+
+    monkeypatch.setattr(TrainingStep, "start_over", spoil)
+    summaries = []
+    with pytest.raises(RunError, match="the loss is not finite with seed 1: lower"):
+        summaries.extend(train_in_turn(config, SEEDS))
+    # `extend` keeps what came before the end
+    assert [summary["seed"] for summary in summaries] == [3, 2]
 
 
 def test_half_precision_is_refused(small_betons, in_process):
