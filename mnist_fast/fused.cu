@@ -1,9 +1,9 @@
-// A whole training step as one kernel: gather, augmentation, forward and backward pass, SGD. fused.py compiles this file
-// for one network and describes what it passes.
+// A whole training step as one kernel: gather, augmentation, forward and backward pass, SGD. fused.py compiles this
+// file for one network and describes what it passes.
 //
 // Each thread block has one image, whose activations stay in the block's shared memory from the forward to the backward
 // pass; all blocks run at the same time. They meet where the batch matters: for BatchNorm's sums of each layer, forward
-// and backward, and for the gradients. Everything is summed in a fixed order, so that the same step gives the same bits.
+// and backward, and for the gradients. All is summed in a fixed order, so that the same step gives the same bits.
 //
 // A network is a chain of layers: convolution, ReLU or not, BatchNorm, dropout, ReLU or not, pooling or not; the last
 // one is a convolution alone. Of each layer are kept what its convolution takes (with a margin of zeros) and what that
@@ -58,9 +58,9 @@ struct alignas(16) Word {
 // SIDE, SIDE) takes the place of augmented images where it is not null. parameters, momenta, gradients: all of the
 // network, in its order; statistics: each BatchNorm's running means, then variances; counters: one per BatchNorm.
 // totals: sum of losses, right predictions, images. partial (BLOCKS, parameters), losses (BLOCKS, 2) and words
-// (2 COUNT + 1, MOST_CHANNELS, BLOCKS) are memory to work in. packed: the weights as the convolutions read them, twice, and
-// places (2, parameters) where each stands therein; `pack` writes both. weight: factor of the loss; ticket: differs from launch
-// to launch; augmented: whether to.
+// (2 COUNT + 1, MOST_CHANNELS, BLOCKS) are memory to work in. packed: the weights as the convolutions read them, twice,
+// and places (2, parameters) where each stands therein; `pack` writes both. weight: factor of the loss; ticket: differs
+// from launch to launch; augmented: whether images are.
 struct Arguments {
   const unsigned char *images;
   const i64 *labels, *rows;
@@ -118,14 +118,15 @@ __device__ inline Word read(const Word *word) {
 
 // Copies 16 bytes to shared memory in the background; `arrive` waits for what this thread has started.
 __device__ inline void copy(float *to, const float *from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+  const u32 place = u32(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
 }
 __device__ inline void arrive() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ inline float read_fresh(const float *value) { return __ldcg(value); }
 
-// Sums 32 values over the lanes and calls store(index, sum) once for each: halves what each lane holds until that is the
-// sum of one value.
+// Sums 32 values over the lanes and calls store(index, sum) once for each: halves what each lane holds until that is
+// the sum of one value.
 template <class Store>
 __device__ inline void reduce(float (&values)[32], Store store) {
   const int lane = threadIdx.x % WARP;
@@ -194,8 +195,9 @@ constexpr int weights_room() {
     room = most(room, most(packed_size(layer, false), packed_size(layer, true)));
   return room;
 }
-// Of each layer: `factor` and `offset`, which turn values into BatchNorm's results; their mean and 1 / standard deviation,
-// `centre` and `inverse`; the means of the gradient and of its product with the normalised values, `mean` and `slope`.
+// Of each layer: `factor` and `offset`, which turn values into BatchNorm's results; their mean and 1 / standard
+// deviation, `centre` and `inverse`; the means of the gradient and of its product with the normalised values, `mean`
+// and `slope`.
 enum Fact { FACTOR, OFFSET, CENTRE, INVERSE, MEAN, SLOPE, FACTS };
 constexpr int FACTS_PLACE = WEIGHTS + weights_room();
 constexpr int fact_place(int index) {
@@ -282,7 +284,7 @@ struct Pair {
   float first, second;
 };
 
-// A FUNCTION stands once for all layers: the fewer instructions there are, the more of them stay in the multiprocessor's
+// A FUNCTION stands once for all layers: the fewer instructions there are, the more of them stay in a multiprocessor's
 // cache.
 
 // Sums over the lanes.
@@ -360,7 +362,7 @@ struct Step {
   }
 
   DEVICE void read_image() const {
-    constexpr float MEAN = 0.1307f, DEVIATION = 0.3081f;
+    constexpr float MEAN = 0.1307f, DEVIATION = 0.3081f;  // augment.py's
     if (a.inputs) {
       for (int i = thread(); i < SIDE * SIDE; i += THREADS) *pixel(i) = a.inputs[block() * SIDE * SIDE + i];
       return;
@@ -387,7 +389,8 @@ struct Step {
   DEVICE void resample(const float *image, const float *draws) const {
     const Ranges &r = a.ranges;
     const float rotation = around(r.rotation, draws[0]), angle = around(r.angle, draws[1]);
-    const float tilt = around(r.shear, draws[2]), shear = sine(tilt) / cosine(tilt), scale = between(r.scale_min, r.scale_max, draws[3]);
+    const float tilt = around(r.shear, draws[2]), shear = sine(tilt) / cosine(tilt);
+    const float scale = between(r.scale_min, r.scale_max, draws[3]);
     const float shift_x = rintf(around(r.translate, draws[4])), shift_y = rintf(around(r.translate, draws[5]));
     const float c = cosine(angle), s = sine(angle), rc = cosine(rotation), rs = sine(rotation);
     const float m00 = (c - s * shear) / scale, m01 = (c * shear + s) / scale, m10 = -s / scale, m11 = c / scale;
@@ -405,7 +408,8 @@ struct Step {
 
   // Brightness and contrast in random order, as augment.py's `jitter`.
   DEVICE void jitter(const float *draws) const {
-    const float brightness = around(a.ranges.brightness, draws[6], 1), contrast = around(a.ranges.contrast, draws[7], 1);
+    const float brightness = around(a.ranges.brightness, draws[6], 1);
+    const float contrast = around(a.ranges.contrast, draws[7], 1);
     const bool contrast_first = draws[8] < 0.5f;
     for (int turn = 0; turn < 2; turn++) {
       if (contrast_first == (turn == 0)) {
@@ -438,8 +442,8 @@ struct Step {
     for (int i = 4 * thread(); i < SIZE; i += 4 * THREADS) copy(shared + WEIGHTS + i, from + i);
   }
 
-  // Convolution of (CHANNELS, WIDTH, WIDTH), which has MARGIN zeros around it that are not stored, to (outputs, SIZE, SIZE); calls
-  // store(channel, y, x, sum). A strip may reach below the outputs: what it reads and finds there is dropped.
+  // Convolution of (CHANNELS, WIDTH, WIDTH), which has MARGIN zeros around it that are not stored, to (outputs, SIZE,
+  // SIZE); calls store(channel, y, x, sum). A strip may reach below the outputs: what it finds there is dropped.
   template <int CHANNELS, int KERNEL_SIZE, int WIDTH, int MARGIN, int OUTPUTS, int SIZE, class Store>
   DEVICE void convolve(const float *in, Store store) const {
     constexpr Tiling tiling = choose(CHANNELS, OUTPUTS, KERNEL_SIZE, SIZE);
@@ -487,7 +491,8 @@ struct Step {
     constexpr int SPLITS = splits(layer), ACROSS = cut(layer.outputs, TILE_OUTPUTS);
     float *gradients = a.partial + i64(block()) * PARAMETERS + Places<I>::PARAMETERS;
     if constexpr (layer.pixels() == 1) {
-      for (int i = thread(); i < layer.weights(); i += THREADS) gradients[i] = values<I>()[i / TAPS] * inputs<I>()[i % TAPS];
+      for (int i = thread(); i < layer.weights(); i += THREADS)
+        gradients[i] = values<I>()[i / TAPS] * inputs<I>()[i % TAPS];
       return;
     }
 #pragma unroll 1
@@ -537,7 +542,9 @@ struct Step {
 
   // ---- sums over the batch
 
-  DEVICE Word *words(int exchange, int channel) const { return a.words + (i64(exchange) * MOST_CHANNELS + channel) * BLOCKS; }
+  DEVICE Word *words(int exchange, int channel) const {
+    return a.words + (i64(exchange) * MOST_CHANNELS + channel) * BLOCKS;
+  }
 
   DEVICE void post(int exchange, int channel, Pair pair) const {
     write(words(exchange, channel) + block(), {pair.first, a.ticket, pair.second, a.ticket});
@@ -687,7 +694,8 @@ struct Step {
       const float log_total = logf(total), even = a.smoothing / CLASSES;
       logits[i] = a.weight * (expf(copy[i] - top - log_total) - even - (i == label ? 1 - a.smoothing : 0.0f));
       if (i == 0) {
-        a.losses[2 * block()] = -(1 - a.smoothing) * (copy[label] - top - log_total) - even * (sum - CLASSES * log_total);
+        const float own = copy[label] - top - log_total, all = sum - CLASSES * log_total;
+        a.losses[2 * block()] = -(1 - a.smoothing) * own - even * all;
         a.losses[2 * block() + 1] = best == label;
       }
     }
@@ -695,7 +703,7 @@ struct Step {
 
   // ---- backward
 
-  // From the gradient of a layer's values, which stands in their place, to those of its weights and of the layer before.
+  // From the gradient of a layer's values, which stands in their place, to those of its weights and the layer before.
   template <int I>
   DEVICE void backward() const {
     constexpr Layer layer = LAYERS[I];
@@ -704,7 +712,8 @@ struct Step {
     correlate<I>();
     if constexpr (I > 0) {
       sync_threads();
-      convolve<layer.outputs, layer.kernel, layer.size(), layer.kernel - 1 - layer.padding, layer.inputs, layer.input_size>(
+      constexpr int MARGIN = layer.kernel - 1 - layer.padding;
+      convolve<layer.outputs, layer.kernel, layer.size(), MARGIN, layer.inputs, layer.input_size>(
           values<I>(), [this](int channel, int y, int x, float value) {
             next<I - 1>(channel, y * layer.input_size + x) = value;
           });
@@ -838,7 +847,8 @@ struct Step {
       const int place = a.places[i], flipped = a.places[PARAMETERS + i];
       float sum = 0;
 #pragma unroll 8
-      for (int number = line; number < blocks(); number += ROWS) sum += read_fresh(a.partial + i64(number) * PARAMETERS + i);
+      for (int number = line; number < blocks(); number += ROWS)
+        sum += read_fresh(a.partial + i64(number) * PARAMETERS + i);
       if (line < ROWS) sums[line * COLUMNS + column] = sum;
       sync_threads();
       if (line == 0 && first + column < end) {
@@ -900,7 +910,8 @@ template <int I>
 DEVICE void pack_layer(const Arguments &a) {
   constexpr Layer layer = LAYERS[I];
   for (int i = thread(); i < layer.weights() + 2 * layer.outputs * layer.normalises; i += THREADS) {
-    const int output = i / layer.taps(), tap = i % layer.taps(), input = tap / layer.area(), at = Places<I>::PARAMETERS + i;
+    const int at = Places<I>::PARAMETERS + i;
+    const int output = i / layer.taps(), tap = i % layer.taps(), input = tap / layer.area();
     const int place = Places<I>::PACKED + tap * stride(layer.outputs) + output;
     const int reverse = output * layer.area() + layer.area() - 1 - tap % layer.area();
     const int flipped = Places<I>::FLIPPED + reverse * stride(layer.inputs) + input;
