@@ -41,6 +41,7 @@ FIELDS = [
     *("inputs", "outputs", "kernel", "padding", "input_size", "normalises", "relu_before"),
     *("relu_after", "pool", "window", "epsilon", "momentum", "dropout"),
 ]
+TRUE = ("1", "true", "yes", "on", "t", "y")  # words that accelerate takes for it
 OPTIONS = ("-std=c++20", "-default-device", "-diag-suppress=128,177")
 
 
@@ -98,7 +99,9 @@ def obstacle(config: Config, images: int, world_size: int) -> str:
         images: in each batch of a process.
         world_size: number of processes.
     """
-    if not torch.cuda.is_available() or "ACCELERATE_USE_CPU" in os.environ:
+    # `accelerate launch` sets the variable in any case
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE
+    if on_cpu or not torch.cuda.is_available():
         return "it needs a GPU"
     if not _has_bindings():
         return "it needs the package cuda-bindings"

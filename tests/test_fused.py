@@ -290,8 +290,13 @@ def test_what_stands_against_it_is_said(large_gpu, monkeypatch):
     assert "too little shared memory" in fused.obstacle(Config(), 128, 1)
     monkeypatch.setattr(fused, "_has_bindings", lambda: False)
     assert "cuda-bindings" in fused.obstacle(Config(), 128, 1)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert "needs a GPU" in fused.obstacle(Config(), 128, 1)
+
+
+@pytest.mark.parametrize(("told", "fuses"), [("False", True), ("0", True), ("True", False)])
+def test_a_launcher_may_ask_for_the_cpu(large_gpu, monkeypatch, told, fuses):
+    """`accelerate launch` says False where nobody asked."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", told)
+    assert fused.obstacle(Config(), 128, 1) == ("" if fuses else "it needs a GPU")
 
 
 def test_what_rules_it_out_is_told_before_the_precision(large_gpu):
