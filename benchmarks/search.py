@@ -43,7 +43,6 @@ from benchmarks.seeds import (  # noqa: E402
 from mnist_fast import signals  # noqa: E402
 from mnist_fast.config import Config  # noqa: E402
 from mnist_fast.errors import InputError, Parser, RunError, Stopped, run_main  # noqa: E402
-from mnist_fast.many import fuses  # noqa: E402
 from mnist_fast.run_folder import make_writable  # noqa: E402
 
 VALIDATION = 5_000  # images held out in every trial
@@ -208,11 +207,12 @@ class Search:
 
     def watcher(self, trial: optuna.Trial, experiment: Experiment) -> Callable[[Job], None]:
         """Reports each epoch's mean over the seeds that start together; gives up bad trials."""
-        started = len(self.seeds) if self.side_by_side else max(1, count_gpus())
-        if self.side_by_side and fuses(experiment.config):
-            started = 1  # the others follow it
-        if not self.side_by_side and not count_gpus():
-            started = len(cpu_slots(self.choices.parallel))
+        from mnist_fast.many import fuses
+
+        if self.side_by_side:  # where steps are fused, the others follow the first
+            started = 1 if fuses(experiment.config) else len(self.seeds)
+        else:
+            started = count_gpus() or len(cpu_slots(self.choices.parallel))
         first = list(self.seeds)[:started]
         told: set[int] = set()
 

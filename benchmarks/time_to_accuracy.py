@@ -36,10 +36,10 @@ from mnist_fast.errors import Parser, run_main  # noqa: E402
 from mnist_fast.evaluate import evaluate  # noqa: E402
 from mnist_fast.files import write_atomically  # noqa: E402
 from mnist_fast.loop import versions  # noqa: E402
+from mnist_fast.many import take_steps  # noqa: E402
 from mnist_fast.model import build_network  # noqa: E402
 from mnist_fast.run_folder import make_writable  # noqa: E402
 from mnist_fast.runtime import Runtime  # noqa: E402
-from mnist_fast.schedule import learning_rate  # noqa: E402
 from mnist_fast.step import TrainingStep  # noqa: E402
 
 SEARCH_SEEDS = range(11, 14)  # of the runs on held-out images
@@ -83,12 +83,10 @@ class Runner:
     def run(self, seed: int) -> float:
         """Seconds of training with a seed."""
         self.step.start_over(seed)
-        feed, steps = self.feed(seed), self.sharding.steps
+        feed = self.feed(seed)
         clock = Clock(self.runtime.device)
         for epoch in range(self.config.epochs):
-            self.step.start_epoch(epoch)
-            for number, batch in enumerate(feed.epoch(epoch)):
-                self.step(batch, learning_rate(self.config, epoch * steps + number, steps))
+            take_steps(self.step, feed, epoch)
         return clock.stop()
 
 

@@ -550,6 +550,19 @@ struct Step {
     write(words(exchange, channel) + block(), {pair.first, a.ticket, pair.second, a.ticket});
   }
 
+  // Posts two sums per channel, to which add(channel, piece, pair) contributes.
+  template <int UNROLL, class Add>
+  DEVICE void post_sums(int exchange, int channels, int pieces, Add add) const {
+#pragma unroll 1
+    for (int channel = warp(); channel < channels; channel += WARPS) {
+      Pair pair{0, 0};
+#pragma unroll UNROLL
+      for (int piece = lane(); piece < pieces; piece += WARP) add(channel, piece, pair);
+      pair = ::add_lanes(pair);
+      if (lane() == 0) post(exchange, channel, pair);
+    }
+  }
+
   DEVICE Pair gather(int exchange, int channel) const { return ::gather(words(exchange, channel), a.ticket); }
 
   template <int I>
@@ -588,17 +601,10 @@ struct Step {
   template <int I>
   DEVICE void post_moments() const {
     constexpr Layer layer = LAYERS[I];
-#pragma unroll 1
-    for (int channel = warp(); channel < layer.outputs; channel += WARPS) {
-      float sum = 0, squares = 0;
-#pragma unroll 4
-      for (int i = lane(); i < layer.pixels(); i += WARP) {
-        const float value = values<I>()[channel * layer.pixels() + i];
-        sum += value, squares += value * value;
-      }
-      const Pair pair = ::add_lanes({sum, squares});
-      if (lane() == 0) post(I, channel, pair);
-    }
+    post_sums<4>(I, layer.outputs, layer.pixels(), [=, this](int channel, int i, Pair &pair) {
+      const float value = values<I>()[channel * layer.pixels() + i];
+      pair.first += value, pair.second += value * value;
+    });
   }
 
   // BatchNorm's factors from the batch; block 0 moves the running statistics.
@@ -768,17 +774,11 @@ struct Step {
   template <int I>
   DEVICE void post_gradient_moments() const {
     constexpr Layer layer = LAYERS[I];
-#pragma unroll 1
-    for (int channel = warp(); channel < layer.outputs; channel += WARPS) {
-      float total = 0, product = 0;
-#pragma unroll 2
-      for (int piece = lane(); piece < PIECES<I>; piece += WARP)
-        hand_back<I>(channel, piece, [&](int i, float gradient) {
-          total += gradient, product += gradient * normal<I>(channel, i);
-        });
-      const Pair pair = ::add_lanes({total, product});
-      if (lane() == 0) post(COUNT + I, channel, pair);
-    }
+    post_sums<2>(COUNT + I, layer.outputs, PIECES<I>, [=, this](int channel, int piece, Pair &pair) {
+      hand_back<I>(channel, piece, [&](int i, float gradient) {
+        pair.first += gradient, pair.second += gradient * normal<I>(channel, i);
+      });
+    });
   }
 
   // Their sums over the batch are the gradients of shift and scale, which the first block hands in.

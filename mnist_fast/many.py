@@ -392,13 +392,19 @@ def train_seed(
 
 def train_epoch(step: TrainingStep, feed: ResidentFeed, epoch: int) -> tuple[Tensor, float]:
     """Trains an epoch; sum of losses and correct predictions (1, 2) on the CPU, and seconds."""
-    begun, steps = time.perf_counter(), feed.sharding.steps
+    begun = time.perf_counter()
     step.reset_totals()
+    take_steps(step, feed, epoch)
+    totals = step.totals[None, :2].cpu()  # waits for the device
+    return totals, time.perf_counter() - begun
+
+
+def take_steps(step: TrainingStep, feed: ResidentFeed, epoch: int) -> None:
+    """Takes an epoch's steps; does not wait for the device."""
+    steps = feed.sharding.steps
     step.start_epoch(epoch)
     for number, batch in enumerate(feed.epoch(epoch), start=epoch * steps):
         step(batch, learning_rate(step.config, number, steps))
-    totals = step.totals[None, :2].cpu()  # waits for the device
-    return totals, time.perf_counter() - begun
 
 
 def shared_facts(config: Config, runtime: Runtime, dataset: str, parameters: int) -> dict[str, Any]:
