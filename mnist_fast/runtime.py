@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mnist_fast import fused
 from mnist_fast.augment import derive_key
 from mnist_fast.config import Config
-from mnist_fast.errors import InputError, RunError
+from mnist_fast.errors import InputError, RunError, one_line
 
 T = TypeVar("T")
 
@@ -40,17 +40,21 @@ class Runtime:
     def __init__(self, config: Config):
         self.precision = resolve_precision(config.precision, may_fuse(config))
         timeout = datetime.timedelta(seconds=config.process_timeout)
-        with naming_lost_processes():
-            self.accelerator = Accelerator(
-                mixed_precision=self.precision,
-                cpu=not torch.cuda.is_available(),
-                log_with="wandb",
-                kwargs_handlers=[
-                    InitProcessGroupKwargs(timeout=timeout),
-                    # running statistics are averaged before use, not broadcast in every step
-                    DistributedDataParallelKwargs(broadcast_buffers=False),
-                ],
-            )
+        try:
+            with naming_lost_processes():
+                self.accelerator = Accelerator(
+                    mixed_precision=self.precision,
+                    cpu=not torch.cuda.is_available(),
+                    log_with="wandb",
+                    kwargs_handlers=[
+                        InitProcessGroupKwargs(timeout=timeout),
+                        # running statistics are averaged before use, not broadcast in every step
+                        DistributedDataParallelKwargs(broadcast_buffers=False),
+                    ],
+                )
+        except ValueError as error:  # Accelerate and torch name what is missing
+            advice = "start with accelerate launch or torchrun, or unset WORLD_SIZE and RANK"
+            raise InputError(f"environment: {one_line(error)}; {advice}") from error
         self.device: torch.device = self.accelerator.device
         set_threads(config.threads)
         # float32 is to mean float32, in evaluation above all

@@ -194,6 +194,25 @@ def test_accelerate_launch_with_the_configuration_file(small_betons, tmp_path):
 
 
 @pytest.mark.timeout(90)
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR"),
+        ({"WORLD_SIZE": "2", "RANK": "first", "LOCAL_RANK": "0"}, "first"),
+    ],
+)
+def test_half_an_environment_of_a_launcher_is_one_line(tmp_path, small_betons, given, named):
+    choices = ("--data_dir", small_betons, "--wandb", "disabled")
+    done = train_script(*choices, cwd=tmp_path, timeout=60, environment=given)
+    assert done.returncode == 2
+    (line,) = error_lines(done.stderr)
+    assert named in line
+    assert "unset WORLD_SIZE" in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.timeout(90)
 def test_without_mnist_one_message_names_files_and_alternatives(tmp_path, monkeypatch):
     monkeypatch.delenv("MNIST_ROOT", raising=False)
     started = time.monotonic()
