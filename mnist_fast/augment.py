@@ -18,7 +18,7 @@ from mnist_fast.config import Config
 MEAN, SD = 0.1307, 0.3081  # of the pixels of MNIST's training images, scaled to 0..1
 DRAWS = 9  # uniform numbers that one image consumes, besides those of the elastic distortion
 CONTROL_POINTS = 5  # of the elastic distortion, along each side
-_ELASTIC = 0x2B992DDFA23249D6  # flips bits of the key: the elastic distortion has draws of its own
+ELASTIC = 0x2B992DDFA23249D6  # flips bits of the key: the elastic distortion has draws of its own
 _MASK = 0xFFFFFFFF
 
 
@@ -123,12 +123,19 @@ def displacements(config: Config, key: Tensor, positions: Tensor, size: int) -> 
     Steinkraus, Platt: Best Practices for Convolutional Neural Networks, 2003, smooth a displacement
     per pixel instead.)
     """
-    draws = uniform(key ^ _ELASTIC, positions, 2 * CONTROL_POINTS**2)
+    draws = uniform(key ^ ELASTIC, positions, 2 * CONTROL_POINTS**2)
     moves = ((2 * draws - 1) * config.elastic).unflatten(1, (2, CONTROL_POINTS, CONTROL_POINTS))
-    # bicubic interpolation is linear, and the same along either side
-    unit = torch.eye(CONTROL_POINTS, device=draws.device)[None, None]
-    basis = F.interpolate(unit, (size, CONTROL_POINTS), mode="bicubic", align_corners=True)[0, 0]
+    basis = interpolation_basis(size, draws.device)
     return basis @ moves @ basis.T
+
+
+def interpolation_basis(size: int, device: torch.device) -> Tensor:
+    """What each control point along a side gives to each pixel, float32 (size, 5).
+
+    Bicubic interpolation is linear, and the same along either side.
+    """
+    unit = torch.eye(CONTROL_POINTS, device=device)[None, None]
+    return F.interpolate(unit, (size, CONTROL_POINTS), mode="bicubic", align_corners=True)[0, 0]
 
 
 def warp(

@@ -1,5 +1,5 @@
-// A whole training step as one kernel: gather, augmentation, forward and backward pass, SGD. fused.py compiles this
-// file for one network and describes what it passes.
+// A whole training step as one kernel: gather, augmentation, forward and backward pass, SGD or Muon. fused.py compiles
+// this file for one network and describes what it passes.
 //
 // Each thread block has one image, whose activations stay in the block's shared memory from the forward to the backward
 // pass; all blocks run at the same time. They meet where the batch matters: for BatchNorm's sums of each layer, forward
@@ -37,12 +37,13 @@ struct Layer {
 constexpr Layer LAYERS[] = {NETWORK};
 constexpr int COUNT = sizeof(LAYERS) / sizeof(Layer);
 constexpr int SIDE = LAYERS[0].input_size;  // of an image
-constexpr int DRAWS = 9;                    // of an image's augmentation
+constexpr int DRAWS = 9;                    // of an image's augmentation, besides those of the elastic distortion
+constexpr int POINTS = 5;                   // of the elastic distortion, along each side
 constexpr int MOST_CHANNELS = 64;
 
 // What is drawn for an image, each uniformly: radians, pixels, factors; see augment.py.
 struct Ranges {
-  float rotation, angle, shear, scale_min, scale_max, translate, brightness, contrast, fill;
+  float rotation, angle, shear, scale_min, scale_max, translate, elastic, brightness, contrast, fill;
 };
 
 // Two sums of one block and the step they belong to, twice: a sum and its tag arrive together, as 8 bytes (on which the
@@ -58,24 +59,24 @@ struct alignas(16) Word {
 // SIDE, SIDE) takes the place of augmented images where it is not null. parameters, momenta, gradients: all of the
 // network, in its order; statistics: each BatchNorm's running means, then variances; counters: one per BatchNorm.
 // totals: sum of losses, right predictions, images. partial (BLOCKS, parameters), losses (BLOCKS, 2) and words
-// (2 COUNT + 1, MOST_CHANNELS, BLOCKS) are memory to work in. packed: the weights as the convolutions read them, twice,
+// (2 COUNT + 2, MOST_CHANNELS, BLOCKS) are memory to work in. packed: the weights as the convolutions read them, twice,
 // and places (2, parameters) where each stands therein; `pack` writes both. weight: factor of the loss; ticket: differs
 // from launch to launch; augmented: whether images are.
 struct Arguments {
   const unsigned char *images;
   const i64 *labels, *rows;
-  const float *inputs;
+  const float *inputs, *basis;
   float *parameters, *momenta, *gradients, *statistics;
   i64 *counters;
   double *totals;
   float *partial, *losses, *packed;
   int *places;
   Word *words;
-  u64 augment_key, dropout_key;
+  u64 augment_key, elastic_key, dropout_key;
   i64 position;
   float rate, momentum, weight_decay, weight, smoothing;
   u32 ticket;
-  int augmented, nesterov;
+  int augmented, nesterov, muon;
   Ranges ranges;
 };
 
@@ -214,12 +215,22 @@ constexpr int splits(Layer layer) { return most(1, least(WARPS / tiles(layer), c
 constexpr int COLUMNS = least(64, THREADS);   // of the last sums over blocks
 constexpr int ROWS = THREADS / COLUMNS;
 constexpr int scratch_room() {
-  int room = most(SIDE * SIDE + DRAWS + WARPS, ROWS * COLUMNS);
+  int room = most(SIDE * SIDE + DRAWS + WARPS + (2 * POINTS + SIDE) * POINTS, ROWS * COLUMNS);
   for (Layer layer : LAYERS)
     if (splits(layer) > 1) room = most(room, splits(layer) * layer.weights());
   return room;
 }
-constexpr int FLOATS = SCRATCH + scratch_room();  // all of the shared memory
+
+// Muon's matrices of a layer: its update, not higher than wide, and five squares.
+constexpr int muon_room() {
+  int room = 0;
+  for (Layer layer : LAYERS) {
+    const int rows = least(layer.outputs, layer.taps()), columns = most(layer.outputs, layer.taps());
+    room = most(room, rows * (stride(columns) + 5 * stride(rows)));
+  }
+  return room;
+}
+constexpr int FLOATS = most(SCRATCH + scratch_room(), muon_room());  // all of the shared memory
 
 // Where a layer's parameters begin: weights, then scale and shift.
 constexpr int parameter_place(int index) {
@@ -314,6 +325,69 @@ FUNCTION Pair gather(const Word *words, u32 ticket) {
   return add_lanes(sums);
 }
 
+// The square (rows, rows) identity I + linear left + factor left right^T, by one of so many parts of the threads. Rows of all
+// matrices lie `stride` apart, and hold zeros behind their end.
+FUNCTION void multiply(float *out, const float *left, const float *right, int rows, int length, float identity,
+                       float linear, float factor, int part, int parts) {
+  const int begin = THREADS * part / parts, end = THREADS * (part + 1) / parts;
+  const int half = cut(rows, 2), step = stride(length), across = stride(rows);
+  for (int item = thread() - begin; item < half * half; item += end - begin) {
+    const int i = item / half, j = item % half, below = least(i + half, rows - 1), beside = least(j + half, rows - 1);
+    const float *const operands[] = {left + i * step, left + below * step, right + j * step, right + beside * step};
+    float sums[2][2] = {};
+#pragma unroll 2
+    for (int k = 0; k < length; k += 4) {
+      Vector<4> v[4];
+#pragma unroll
+      for (int row = 0; row < 4; row++) v[row] = *reinterpret_cast<const Vector<4> *>(operands[row] + k);
+#pragma unroll
+      for (int each = 0; each < 16; each++)
+        sums[each / 8][each / 4 % 2] += v[each / 8].values[each % 4] * v[2 + each / 4 % 2].values[each % 4];
+    }
+#pragma unroll
+    for (int each = 0; each < 4; each++) {
+      const int row = each / 2 ? below : i, column = each % 2 ? beside : j;
+      const float before = linear == 0 ? 0.0f : linear * left[row * step + column];
+      out[row * across + column] = (row == column ? identity : 0.0f) + before + factor * sums[each / 2][each % 2];
+    }
+  }
+}
+
+// The factor (rows, rows), symmetric, that makes a matrix (rows, columns), not higher than wide, nearly orthogonal:
+// muon.py's iterations X -> (a I + b G + c G G) X with G = X X^T. Only G and the factors' product are followed, which
+// are the smaller matrices. `room` has place for five squares.
+FUNCTION const float *find_orthogonal_factor(const float *matrix, int rows, int columns, float *room) {
+  constexpr float A = 3.4445f, B = -4.7750f, C = 2.0315f;  // and 5 iterations: muon.py's
+  const int across = stride(rows), size = rows * across;
+  float *gram = room, *turn = room + size, *turned = room + 2 * size, *factor = room + 3 * size;
+  float *spare = room + 4 * size;
+  for (int i = thread(); i < 5 * size; i += THREADS) room[i] = 0;
+  sync_threads();
+  multiply(turned, matrix, matrix, rows, columns, 0, 0, 1, 0, 1);
+  sync_threads();
+  float squares = 0;
+#pragma unroll 8
+  for (int i = 0; i < rows; i++) squares += turned[i * across + i];
+  const float inverse = 1 / (sqrtf(squares) + 1e-7f);
+  for (int i = thread(); i < size; i += THREADS) {
+    gram[i] = turned[i] * inverse * inverse;
+    factor[i] = i / across == i % across ? inverse : 0.0f;
+  }
+  const int upper = thread() >= THREADS / 2;
+#pragma unroll 1
+  for (int iteration = 0; iteration < 5; iteration++) {
+    sync_threads();
+    multiply(turn, gram, gram, rows, rows, A, B, C, 0, 1);
+    sync_threads();
+    multiply(upper ? spare : turned, turn, upper ? factor : gram, rows, rows, 0, 0, 1, upper, 2);
+    sync_threads();
+    multiply(gram, turn, turned, rows, rows, 0, 0, 1, 0, 1);
+    float *const last = factor;
+    factor = spare, spare = last;
+  }
+  return factor;
+}
+
 struct Step {
   const Arguments &a;
   float *const shared;
@@ -351,9 +425,9 @@ struct Step {
 
   // ---- the image
 
-  DEVICE float draw(int column) const {  // as augment.py's `uniform`
-    const u32 counter = u32((a.position + block()) * DRAWS + column + a.augment_key);
-    return float(hash(hash(counter) ^ u32(a.augment_key >> 31)) >> 8) * 0x1p-24f;
+  DEVICE float draw(u64 key, int columns, int column) const {  // as augment.py's `uniform`
+    const u32 counter = u32((a.position + block()) * columns + column + key);
+    return float(hash(hash(counter) ^ u32(key >> 31)) >> 8) * 0x1p-24f;
   }
 
   DEVICE float *pixel(int place) const {
@@ -370,10 +444,16 @@ struct Step {
     float *image = shared + SCRATCH, *draws = image + SIDE * SIDE;
     for (int i = thread(); i < SIDE * SIDE; i += THREADS)
       image[i] = float(a.images[i64(row) * SIDE * SIDE + i]) / 255.0f;
-    for (int i = thread(); i < DRAWS; i += THREADS) draws[i] = draw(i);
+    for (int i = thread(); i < DRAWS; i += THREADS) draws[i] = draw(a.augment_key, DRAWS, i);
+    float *moves = draws + DRAWS + WARPS, *basis = moves + 2 * POINTS * POINTS;
+    if (a.ranges.elastic > 0) {
+      for (int i = thread(); i < 2 * POINTS * POINTS; i += THREADS)
+        moves[i] = around(a.ranges.elastic, draw(a.elastic_key, 2 * POINTS * POINTS, i));
+      for (int i = thread(); i < SIDE * POINTS; i += THREADS) basis[i] = a.basis[i];
+    }
     sync_threads();
     if (a.augmented) {
-      resample(image, draws);
+      resample(image, draws, moves, basis);
       if (a.ranges.brightness > 0 || a.ranges.contrast > 0) jitter(draws);
     }
     for (int i = thread(); i < SIDE * SIDE; i += THREADS)
@@ -385,8 +465,19 @@ struct Step {
     return between(centre - radius, centre + radius, draw);
   }
 
+  // How far the elastic distortion moves a pixel, as augment.py's `displacements`: points (POINTS, POINTS) lead it.
+  DEVICE static float displacement(const float *points, const float *basis, int x, int y) {
+    float sum = 0;
+    for (int row = 0; row < POINTS; row++) {
+      float along = 0;
+      for (int column = 0; column < POINTS; column++) along += points[row * POINTS + column] * basis[x * POINTS + column];
+      sum += along * basis[y * POINTS + row];
+    }
+    return sum;
+  }
+
   // Nearest resampling under an affine map, as augment.py's `affine_maps` and `warp`.
-  DEVICE void resample(const float *image, const float *draws) const {
+  DEVICE void resample(const float *image, const float *draws, const float *moves, const float *basis) const {
     const Ranges &r = a.ranges;
     const float rotation = around(r.rotation, draws[0]), angle = around(r.angle, draws[1]);
     const float tilt = around(r.shear, draws[2]), shear = sine(tilt) / cosine(tilt);
@@ -400,7 +491,12 @@ struct Step {
     constexpr float CENTRE = (SIDE - 1) / 2.0f;
     for (int i = thread(); i < SIDE * SIDE; i += THREADS) {
       const float dx = i % SIDE - CENTRE, dy = i / SIDE - CENTRE;
-      const float column = rintf(xx * dx + xy * dy + x0 + CENTRE), line = rintf(yx * dx + yy * dy + y0 + CENTRE);
+      float x = xx * dx + xy * dy + x0 + CENTRE, y = yx * dx + yy * dy + y0 + CENTRE;
+      if (r.elastic > 0) {
+        x += displacement(moves, basis, i % SIDE, i / SIDE);
+        y += displacement(moves + POINTS * POINTS, basis, i % SIDE, i / SIDE);
+      }
+      const float column = rintf(x), line = rintf(y);
       const bool inside = column >= 0 && column < SIDE && line >= 0 && line < SIDE;
       *pixel(i) = inside ? image[int(line) * SIDE + int(column)] : r.fill;
     }
@@ -824,12 +920,12 @@ struct Step {
     if constexpr (I + 1 < COUNT) clear_margins<I + 1>();
   }
 
-  // Waits until every block has written its gradients.
-  DEVICE void meet() const {
+  // Waits until every block has written what it had to: gradients, the first time, and Muon's updates.
+  DEVICE void meet(int time) const {
     sync_threads();
-    if (thread() == 0) publish(), post(2 * COUNT, 0, {0, 0});
+    if (thread() == 0) publish(), post(2 * COUNT + time, 0, {0, 0});
     if (warp() == 0) {
-      gather(2 * COUNT, 0);
+      gather(2 * COUNT + time, 0);
       publish();
     }
     sync_threads();
@@ -862,17 +958,69 @@ struct Step {
     }
   }
 
-  // SGD as torch.optim's.
+  // SGD as torch.optim's; Muon's updates of weights wait to be made orthogonal.
   DEVICE void descend(int i, float gradient, float old, float velocity, int place, int flipped) const {
-    gradient += a.weight_decay * old;
+    if (!a.muon) gradient += a.weight_decay * old;
     if (a.momentum > 0) {
       velocity = a.momentum * velocity + gradient;
       a.momenta[i] = velocity;
       gradient = a.nesterov ? gradient + a.momentum * velocity : velocity;
     }
-    const float value = old - a.rate * gradient;
+    if (a.muon && place >= 0) a.partial[i] = gradient;
+    else move(i, gradient, old, place, flipped);
+  }
+
+  DEVICE void move(int i, float update, float old, int place, int flipped) const {
+    if (a.muon) old *= 1 - a.rate * a.weight_decay;
+    const float value = old - a.rate * update;
     a.parameters[i] = value;
     if (place >= 0) a.packed[place] = a.packed[flipped] = value;
+  }
+
+  // Muon's step of a layer's weights, by one block: their update as a matrix (outputs, taps), or turned where it is
+  // higher than wide.
+  template <int I>
+  DEVICE void move_orthogonally() const {
+    constexpr Layer layer = LAYERS[I];
+    constexpr int TAPS = layer.taps(), ROWS = least(layer.outputs, TAPS), COLUMNS = most(layer.outputs, TAPS);
+    constexpr int STEP = stride(COLUMNS), ACROSS = stride(ROWS);
+    constexpr bool TURNED = layer.outputs > TAPS;
+    if (block() == I % blocks()) {
+      const auto at = [](int row, int column) {
+        return Places<I>::PARAMETERS + (TURNED ? column * TAPS + row : row * TAPS + column);
+      };
+      float *matrix = shared;
+#pragma unroll 8
+      for (int i = thread(); i < ROWS * STEP; i += THREADS) {
+        const int column = i % STEP;
+        matrix[i] = column < COLUMNS ? read_fresh(a.partial + at(i / STEP, column)) : 0.0f;
+      }
+      const float *factor = find_orthogonal_factor(matrix, ROWS, COLUMNS, matrix + ROWS * STEP);
+      const float scale = sqrtf(most(layer.outputs, TAPS) / float(TAPS));
+#pragma unroll 1
+      for (int item = thread(); item < cut(ROWS, 4) * COLUMNS; item += THREADS) {
+        const int column = item % COLUMNS, first = item / COLUMNS * 4, count = least(4, ROWS - first);
+        float sums[4] = {}, old[4];
+        int place[4], flipped[4];
+#pragma unroll
+        for (int row = 0; row < 4; row++) {
+          const int i = at(first + least(row, count - 1), column);
+          old[row] = a.parameters[i], place[row] = a.places[i], flipped[row] = a.places[PARAMETERS + i];
+        }
+#pragma unroll 4
+        for (int k = 0; k < ROWS; k++) {
+          const auto factors = *reinterpret_cast<const Vector<4> *>(factor + k * ACROSS + first);
+          const float value = matrix[k * STEP + column];
+#pragma unroll
+          for (int row = 0; row < 4; row++) sums[row] += factors.values[row] * value;
+        }
+#pragma unroll
+        for (int row = 0; row < 4; row++)
+          if (row < count) move(at(first + row, column), scale * sums[row], old[row], place[row], flipped[row]);
+      }
+      sync_threads();
+    }
+    if constexpr (I + 1 < COUNT) move_orthogonally<I + 1>();
   }
 
   DEVICE void add_totals() const {
@@ -900,9 +1048,13 @@ KERNEL train(const Arguments a) {
   sync_threads();
   step.read_image();
   step.forward<0>();
-  step.meet();
+  step.meet(0);
   step.add_totals();
   step.update();
+  if (a.muon) {
+    step.meet(1);
+    step.move_orthogonally<0>();
+  }
 }
 
 // Weights as (inputs, taps, outputs), the outputs `stride` apart, and flipped, as (outputs, taps in reverse, inputs).

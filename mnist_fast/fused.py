@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mnist_fast import native
-from mnist_fast.augment import warps
+from mnist_fast.augment import ELASTIC, interpolation_basis, warps
 from mnist_fast.config import Config
 from mnist_fast.files import say, write_atomically
 from mnist_fast.model import IMAGE_SIZE, Network, build_network
@@ -50,8 +50,8 @@ class Ranges(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_float) for name in ("rotation", "angle", "shear", "scale_min")),
-        *((name, ctypes.c_float) for name in ("scale_max", "translate", "brightness")),
-        *((name, ctypes.c_float) for name in ("contrast", "fill")),
+        *((name, ctypes.c_float) for name in ("scale_max", "translate", "elastic")),
+        *((name, ctypes.c_float) for name in ("brightness", "contrast", "fill")),
     ]
 
 
@@ -64,6 +64,7 @@ def find_ranges(config: Config) -> Ranges:
         scale_min=config.scale_min,
         scale_max=config.scale_max,
         translate=config.translate * IMAGE_SIZE,
+        elastic=config.elastic,
         brightness=config.brightness,
         contrast=config.contrast,
         fill=config.fill / 255,
@@ -81,12 +82,13 @@ class Arguments(ctypes.Structure):
     """What the kernel takes; the same fields stand in fused.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("images", "labels", "rows", "inputs", *ROOMS)),
-        *((name, ctypes.c_uint64) for name in ("augment_key", "dropout_key")),
+        *((name, ctypes.c_void_p) for name in ("images", "labels", "rows", "inputs")),
+        *((name, ctypes.c_void_p) for name in ("basis", *ROOMS)),
+        *((name, ctypes.c_uint64) for name in ("augment_key", "elastic_key", "dropout_key")),
         ("position", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("rate", "momentum", "weight_decay", "weight")),
         *(("smoothing", ctypes.c_float), ("ticket", ctypes.c_uint32)),
-        *((name, ctypes.c_int32) for name in ("augmented", "nesterov")),
+        *((name, ctypes.c_int32) for name in ("augmented", "nesterov", "muon")),
         ("ranges", Ranges),
     ]
 
@@ -105,8 +107,8 @@ def obstacle(config: Config, images: int, world_size: int) -> str:
         return "it needs a GPU"
     if not _has_bindings():
         return "it needs the package cuda-bindings"
-    if config.optimizer != "sgd" or config.ema_decay:
-        return "it has plain SGD alone"
+    if config.optimizer == "adamw" or config.ema_decay:
+        return "it has SGD and Muon alone, without averages of weights"
     if world_size > 1:
         return "it has one process alone"
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -301,16 +303,19 @@ class FusedStep:
             torch.empty(images, 2, device=device),
             torch.zeros(kernel.packed, device=device),
             torch.empty(2, len(flat), dtype=torch.int32, device=device),
-            torch.zeros(2 * layers + 1, MOST_CHANNELS, images, 4, device=device),
+            torch.zeros(2 * layers + 2, MOST_CHANNELS, images, 4, device=device),
         ]
         self._rooms = [*rooms, statistics, counters, totals, *work]
-        self.augments = config.resampling == "nearest" and not config.elastic
+        self.augments = config.resampling == "nearest"
+        self._basis = interpolation_basis(IMAGE_SIZE, device).contiguous()
         self._arguments = Arguments(
+            basis=self._basis.data_ptr(),
             **dict(zip(ROOMS, (room.data_ptr() for room in self._rooms), strict=True)),
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             smoothing=config.label_smoothing,
             nesterov=config.nesterov,
+            muon=config.optimizer == "muon",
             ranges=find_ranges(config),
         )
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._arguments))
@@ -342,6 +347,7 @@ class FusedStep:
         a.rows = None if batch.rows is None else batch.rows.data_ptr()
         a.inputs = None if inputs is None else inputs.data_ptr()
         a.augment_key, a.dropout_key = keys
+        a.elastic_key = a.augment_key ^ ELASTIC
         a.position, a.rate, a.weight = batch.position, rate, 1 / batch.global_size
         a.augmented = augmented and self._moves
         a.ticket += 1
