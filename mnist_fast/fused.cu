@@ -56,12 +56,13 @@ struct alignas(16) Word {
 };
 
 // images (pool, SIDE, SIDE), labels (pool) and rows (batch) of the pool, null for the pool's first ones; inputs (batch,
-// SIDE, SIDE) takes the place of augmented images where it is not null. parameters, momenta, gradients: all of the
-// network, in its order; statistics: each BatchNorm's running means, then variances; counters: one per BatchNorm.
-// totals: sum of losses, right predictions, images. partial (BLOCKS, parameters), losses (BLOCKS, 2) and words
+// SIDE, SIDE) takes the place of augmented images where it is not null; basis (SIDE, POINTS): the elastic distortion's
+// interpolation. parameters, momenta, gradients: all of the network, in its order; statistics: each BatchNorm's running
+// means, then variances; counters: one per BatchNorm. totals: sum of losses, right predictions, images. partial
+// (BLOCKS, parameters), whose first row takes Muon's updates once it is summed, losses (BLOCKS, 2) and words
 // (2 COUNT + 2, MOST_CHANNELS, BLOCKS) are memory to work in. packed: the weights as the convolutions read them, twice,
-// and places (2, parameters) where each stands therein; `pack` writes both. weight: factor of the loss; ticket: differs
-// from launch to launch; augmented: whether images are.
+// and places (2, parameters) where each stands therein, -1 for what is no weight; `pack` writes both. Keys: of the
+// epoch's draws. weight: factor of the loss; ticket: differs from launch to launch; augmented: whether images are.
 struct Arguments {
   const unsigned char *images;
   const i64 *labels, *rows;
@@ -325,10 +326,9 @@ FUNCTION Pair gather(const Word *words, u32 ticket) {
   return add_lanes(sums);
 }
 
-// The square (rows, rows) identity I + linear left + factor left right^T, by one of so many parts of the threads. Rows of all
-// matrices lie `stride` apart, and hold zeros behind their end.
-FUNCTION void multiply(float *out, const float *left, const float *right, int rows, int length, float identity,
-                       float linear, float factor, int part, int parts) {
+// The square left right^T (rows, rows), by one of so many parts of the threads. Rows of all matrices lie `stride`
+// apart, and hold zeros behind their end.
+FUNCTION void multiply(float *out, const float *left, const float *right, int rows, int length, int part, int parts) {
   const int begin = THREADS * part / parts, end = THREADS * (part + 1) / parts;
   const int half = cut(rows, 2), step = stride(length), across = stride(rows);
   for (int item = thread() - begin; item < half * half; item += end - begin) {
@@ -345,17 +345,15 @@ FUNCTION void multiply(float *out, const float *left, const float *right, int ro
         sums[each / 8][each / 4 % 2] += v[each / 8].values[each % 4] * v[2 + each / 4 % 2].values[each % 4];
     }
 #pragma unroll
-    for (int each = 0; each < 4; each++) {
-      const int row = each / 2 ? below : i, column = each % 2 ? beside : j;
-      const float before = linear == 0 ? 0.0f : linear * left[row * step + column];
-      out[row * across + column] = (row == column ? identity : 0.0f) + before + factor * sums[each / 2][each % 2];
-    }
+    for (int each = 0; each < 4; each++)
+      out[(each / 2 ? below : i) * across + (each % 2 ? beside : j)] = sums[each / 2][each % 2];
   }
 }
 
 // The factor (rows, rows), symmetric, that makes a matrix (rows, columns), not higher than wide, nearly orthogonal:
 // muon.py's iterations X -> (a I + b G + c G G) X with G = X X^T. Only G and the factors' product are followed, which
-// are the smaller matrices. `room` has place for five squares.
+// are the smaller matrices; small singular values, which G has squared, come out to some thousandths. `room` has place
+// for five squares.
 FUNCTION const float *find_orthogonal_factor(const float *matrix, int rows, int columns, float *room) {
   constexpr float A = 3.4445f, B = -4.7750f, C = 2.0315f;  // and 5 iterations: muon.py's
   const int across = stride(rows), size = rows * across;
@@ -363,7 +361,7 @@ FUNCTION const float *find_orthogonal_factor(const float *matrix, int rows, int 
   float *spare = room + 4 * size;
   for (int i = thread(); i < 5 * size; i += THREADS) room[i] = 0;
   sync_threads();
-  multiply(turned, matrix, matrix, rows, columns, 0, 0, 1, 0, 1);
+  multiply(turned, matrix, matrix, rows, columns, 0, 1);
   sync_threads();
   float squares = 0;
 #pragma unroll 8
@@ -377,11 +375,14 @@ FUNCTION const float *find_orthogonal_factor(const float *matrix, int rows, int 
 #pragma unroll 1
   for (int iteration = 0; iteration < 5; iteration++) {
     sync_threads();
-    multiply(turn, gram, gram, rows, rows, A, B, C, 0, 1);
+    multiply(turn, gram, gram, rows, rows, 0, 1);
     sync_threads();
-    multiply(upper ? spare : turned, turn, upper ? factor : gram, rows, rows, 0, 0, 1, upper, 2);
+    for (int i = thread(); i < size; i += THREADS)
+      turn[i] = B * gram[i] + C * turn[i] + (i / across == i % across ? A : 0.0f);
     sync_threads();
-    multiply(gram, turn, turned, rows, rows, 0, 0, 1, 0, 1);
+    multiply(upper ? spare : turned, turn, upper ? factor : gram, rows, rows, upper, 2);
+    sync_threads();
+    multiply(gram, turn, turned, rows, rows, 0, 1);
     float *const last = factor;
     factor = spare, spare = last;
   }
@@ -446,7 +447,7 @@ struct Step {
       image[i] = float(a.images[i64(row) * SIDE * SIDE + i]) / 255.0f;
     for (int i = thread(); i < DRAWS; i += THREADS) draws[i] = draw(a.augment_key, DRAWS, i);
     float *moves = draws + DRAWS + WARPS, *basis = moves + 2 * POINTS * POINTS;
-    if (a.ranges.elastic > 0) {
+    if (a.augmented && a.ranges.elastic > 0) {
       for (int i = thread(); i < 2 * POINTS * POINTS; i += THREADS)
         moves[i] = around(a.ranges.elastic, draw(a.elastic_key, 2 * POINTS * POINTS, i));
       for (int i = thread(); i < SIDE * POINTS; i += THREADS) basis[i] = a.basis[i];
@@ -470,7 +471,7 @@ struct Step {
     float sum = 0;
     for (int row = 0; row < POINTS; row++) {
       float along = 0;
-      for (int column = 0; column < POINTS; column++) along += points[row * POINTS + column] * basis[x * POINTS + column];
+      for (int i = 0; i < POINTS; i++) along += points[row * POINTS + i] * basis[x * POINTS + i];
       sum += along * basis[y * POINTS + row];
     }
     return sum;
@@ -982,8 +983,8 @@ struct Step {
   template <int I>
   DEVICE void move_orthogonally() const {
     constexpr Layer layer = LAYERS[I];
-    constexpr int TAPS = layer.taps(), ROWS = least(layer.outputs, TAPS), COLUMNS = most(layer.outputs, TAPS);
-    constexpr int STEP = stride(COLUMNS), ACROSS = stride(ROWS);
+    constexpr int TAPS = layer.taps(), HEIGHT = least(layer.outputs, TAPS), LENGTH = most(layer.outputs, TAPS);
+    constexpr int STEP = stride(LENGTH), ACROSS = stride(HEIGHT);
     constexpr bool TURNED = layer.outputs > TAPS;
     if (block() == I % blocks()) {
       const auto at = [](int row, int column) {
@@ -991,15 +992,15 @@ struct Step {
       };
       float *matrix = shared;
 #pragma unroll 8
-      for (int i = thread(); i < ROWS * STEP; i += THREADS) {
+      for (int i = thread(); i < HEIGHT * STEP; i += THREADS) {
         const int column = i % STEP;
-        matrix[i] = column < COLUMNS ? read_fresh(a.partial + at(i / STEP, column)) : 0.0f;
+        matrix[i] = column < LENGTH ? read_fresh(a.partial + at(i / STEP, column)) : 0.0f;
       }
-      const float *factor = find_orthogonal_factor(matrix, ROWS, COLUMNS, matrix + ROWS * STEP);
+      const float *factor = find_orthogonal_factor(matrix, HEIGHT, LENGTH, matrix + HEIGHT * STEP);
       const float scale = sqrtf(most(layer.outputs, TAPS) / float(TAPS));
 #pragma unroll 1
-      for (int item = thread(); item < cut(ROWS, 4) * COLUMNS; item += THREADS) {
-        const int column = item % COLUMNS, first = item / COLUMNS * 4, count = least(4, ROWS - first);
+      for (int item = thread(); item < cut(HEIGHT, 4) * LENGTH; item += THREADS) {
+        const int column = item % LENGTH, first = item / LENGTH * 4, count = least(4, HEIGHT - first);
         float sums[4] = {}, old[4];
         int place[4], flipped[4];
 #pragma unroll
@@ -1008,7 +1009,7 @@ struct Step {
           old[row] = a.parameters[i], place[row] = a.places[i], flipped[row] = a.places[PARAMETERS + i];
         }
 #pragma unroll 4
-        for (int k = 0; k < ROWS; k++) {
+        for (int k = 0; k < HEIGHT; k++) {
           const auto factors = *reinterpret_cast<const Vector<4> *>(factor + k * ACROSS + first);
           const float value = matrix[k * STEP + column];
 #pragma unroll

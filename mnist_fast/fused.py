@@ -107,7 +107,7 @@ def obstacle(config: Config, images: int, world_size: int) -> str:
         return "it needs a GPU"
     if not _has_bindings():
         return "it needs the package cuda-bindings"
-    if config.optimizer == "adamw" or config.ema_decay:
+    if config.optimizer not in ("sgd", "muon") or config.ema_decay:
         return "it has SGD and Muon alone, without averages of weights"
     if world_size > 1:
         return "it has one process alone"
