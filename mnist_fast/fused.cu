@@ -332,21 +332,24 @@ FUNCTION void multiply(float *out, const float *left, const float *right, int ro
   const int begin = THREADS * part / parts, end = THREADS * (part + 1) / parts;
   const int half = cut(rows, 2), step = stride(length), across = stride(rows);
   for (int item = thread() - begin; item < half * half; item += end - begin) {
-    const int i = item / half, j = item % half, below = least(i + half, rows - 1), beside = least(j + half, rows - 1);
-    const float *const operands[] = {left + i * step, left + below * step, right + j * step, right + beside * step};
+    const int i[2] = {item / half, least(item / half + half, rows - 1)};
+    const int j[2] = {item % half, least(item % half + half, rows - 1)};
     float sums[2][2] = {};
 #pragma unroll 2
     for (int k = 0; k < length; k += 4) {
-      Vector<4> v[4];
+      Vector<4> a[2], b[2];
 #pragma unroll
-      for (int row = 0; row < 4; row++) v[row] = *reinterpret_cast<const Vector<4> *>(operands[row] + k);
+      for (int n = 0; n < 2; n++) {
+        a[n] = *reinterpret_cast<const Vector<4> *>(left + i[n] * step + k);
+        b[n] = *reinterpret_cast<const Vector<4> *>(right + j[n] * step + k);
+      }
 #pragma unroll
-      for (int each = 0; each < 16; each++)
-        sums[each / 8][each / 4 % 2] += v[each / 8].values[each % 4] * v[2 + each / 4 % 2].values[each % 4];
+      for (int n = 0; n < 4; n++)
+#pragma unroll
+        for (int each = 0; each < 4; each++) sums[n / 2][n % 2] += a[n / 2].values[each] * b[n % 2].values[each];
     }
 #pragma unroll
-    for (int each = 0; each < 4; each++)
-      out[(each / 2 ? below : i) * across + (each % 2 ? beside : j)] = sums[each / 2][each % 2];
+    for (int n = 0; n < 4; n++) out[i[n / 2] * across + j[n % 2]] = sums[n / 2][n % 2];
   }
 }
 
