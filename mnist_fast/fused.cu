@@ -90,7 +90,7 @@ __device__ inline int block() { return blockIdx.x; }
 __device__ inline int blocks() { return gridDim.x; }
 __device__ inline float *memory() { return reinterpret_cast<float *>(shared_memory); }
 __device__ inline void sync_threads() { __syncthreads(); }
-__device__ inline void publish() { __threadfence(); }
+__device__ inline void publish() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 __device__ inline void give_up() { __trap(); }
 // The compiler is to see that all lanes of a warp have the same.
 __device__ inline int uniform(int value) { return __shfl_sync(~0u, value, 0); }
@@ -326,14 +326,18 @@ FUNCTION Pair gather(const Word *words, u32 ticket) {
   return add_lanes(sums);
 }
 
-// The square left right^T (rows, rows), by one of so many parts of the threads. Rows of all matrices lie `stride`
-// apart, and hold zeros behind their end.
+// The square left right^T (rows, rows), which must be symmetric, by one of so many parts of the threads. Rows of all
+// matrices lie `stride` apart, and hold zeros behind their end.
 FUNCTION void multiply(float *out, const float *left, const float *right, int rows, int length, int part, int parts) {
   const int begin = THREADS * part / parts, end = THREADS * (part + 1) / parts;
   const int half = cut(rows, 2), step = stride(length), across = stride(rows);
-  for (int item = thread() - begin; item < half * half; item += end - begin) {
-    const int i[2] = {item / half, least(item / half + half, rows - 1)};
-    const int j[2] = {item % half, least(item % half + half, rows - 1)};
+  // Four results at a time: (y, x), and `half` below and beside. Of y <= x, row `low` and the one as far from the end
+  // make up a line of half + 1.
+  for (int item = thread() - begin; item < cut(half, 2) * (half + 1); item += end - begin) {
+    const int low = item / (half + 1), place = item % (half + 1);
+    const bool upper = place < half - low;
+    const int y = upper ? low : half - 1 - low, x = upper ? low + place : place - 1;
+    const int i[2] = {y, least(y + half, rows - 1)}, j[2] = {x, least(x + half, rows - 1)};
     float sums[2][2] = {};
 #pragma unroll 2
     for (int k = 0; k < length; k += 4) {
@@ -349,7 +353,10 @@ FUNCTION void multiply(float *out, const float *left, const float *right, int ro
         for (int each = 0; each < 4; each++) sums[n / 2][n % 2] += a[n / 2].values[each] * b[n % 2].values[each];
     }
 #pragma unroll
-    for (int n = 0; n < 4; n++) out[i[n / 2] * across + j[n % 2]] = sums[n / 2][n % 2];
+    for (int n = 0; n < 4; n++) {
+      if ((n / 2 && y + half >= rows) || (n % 2 && x + half >= rows)) continue;
+      out[i[n / 2] * across + j[n % 2]] = out[j[n % 2] * across + i[n / 2]] = sums[n / 2][n % 2];
+    }
   }
 }
 
@@ -385,7 +392,7 @@ FUNCTION const float *find_orthogonal_factor(const float *matrix, int rows, int 
     sync_threads();
     multiply(upper ? spare : turned, turn, upper ? factor : gram, rows, rows, upper, 2);
     sync_threads();
-    multiply(gram, turn, turned, rows, rows, 0, 1);
+    if (iteration < 4) multiply(gram, turn, turned, rows, rows, 0, 1);
     float *const last = factor;
     factor = spare, spare = last;
   }
