@@ -73,7 +73,7 @@ def find_ranges(config: Config) -> Ranges:
 
 # Memory that a step keeps, in the order of fused.cu's Arguments
 ROOMS = [
-    *("parameters", "momenta", "gradients", "statistics", "counters", "totals"),
+    *("basis", "parameters", "momenta", "gradients", "statistics", "counters", "totals"),
     *("partial", "losses", "packed", "places", "words"),
 ]
 
@@ -82,8 +82,7 @@ class Arguments(ctypes.Structure):
     """What the kernel takes; the same fields stand in fused.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("images", "labels", "rows", "inputs")),
-        *((name, ctypes.c_void_p) for name in ("basis", *ROOMS)),
+        *((name, ctypes.c_void_p) for name in ("images", "labels", "rows", "inputs", *ROOMS)),
         *((name, ctypes.c_uint64) for name in ("augment_key", "elastic_key", "dropout_key")),
         ("position", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("rate", "momentum", "weight_decay", "weight")),
@@ -305,11 +304,10 @@ class FusedStep:
             torch.empty(2, len(flat), dtype=torch.int32, device=device),
             torch.zeros(2 * layers + 2, MOST_CHANNELS, images, 4, device=device),
         ]
-        self._rooms = [*rooms, statistics, counters, totals, *work]
+        basis = interpolation_basis(IMAGE_SIZE, device).contiguous()
+        self._rooms = [basis, *rooms, statistics, counters, totals, *work]
         self.augments = config.resampling == "nearest"
-        self._basis = interpolation_basis(IMAGE_SIZE, device).contiguous()
         self._arguments = Arguments(
-            basis=self._basis.data_ptr(),
             **dict(zip(ROOMS, (room.data_ptr() for room in self._rooms), strict=True)),
             momentum=config.momentum,
             weight_decay=config.weight_decay,

@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler (g++)"),
 ]
 BATCH = 8
+RULES = {"sgd": torch.optim.SGD, "muon": Muon}
 
 
 class Emulated:
@@ -104,7 +105,7 @@ def assert_near(network, reference, largest_gradient):
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-4, atol=1e-5, msg=label)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+@pytest.mark.parametrize("optimizer", RULES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_step_is_torchs(name, smoothing, optimizer, batch, load_kernel):
@@ -125,9 +126,8 @@ def test_a_step_is_torchs(name, smoothing, optimizer, batch, load_kernel):
     hits = int((scores.argmax(1) == batch[1]).sum())
     assert totals == [pytest.approx(loss.item(), rel=1e-5), hits, BATCH]
     assert_near(network, reference, max(p.grad.abs().max() for p in reference.parameters()))
-    rule = {"sgd": torch.optim.SGD, "muon": Muon}[optimizer]
     settings = {"momentum": 0.9, "weight_decay": 0.01, "nesterov": smoothing > 0}
-    rule(reference.parameters(), lr=0.1, **settings).step()
+    RULES[optimizer](reference.parameters(), lr=0.1, **settings).step()
     error = {"sgd": 1e-4, "muon": 5e-4}[optimizer]  # 8 images' gradients have not full rank
     for ours, theirs in zip(network.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=error)
@@ -417,28 +417,54 @@ def test_code_that_does_not_compile_is_told(hopper):
         fused.compile_source("this is no program")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_steps_on_a_gpu_are_torchs(name, optimizer, batch):
-    """Two of them: the second one reads the weights that the first one packed."""
-    if fused.obstacle(Config(), BATCH, 1):
-        pytest.skip(fused.obstacle(Config(), BATCH, 1))
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def set_up_on_gpu(name, batch, config):
+    """Network and step on the GPU, the network's copy in float64 on the CPU, batch and inputs."""
+    if fused.obstacle(config, BATCH, 1):
+        pytest.skip(fused.obstacle(config, BATCH, 1))
     network = built(name)
     reference = copy.deepcopy(network).double()
-    on_gpu = [tensor.cuda() for tensor in batch]
+    inputs, labels = (tensor.cuda() for tensor in batch)
     totals = torch.zeros(3, dtype=torch.float64, device="cuda")
     kernel = fused.load_kernel(name, 0.0, BATCH)
-    config = Config(optimizer=optimizer)
     step = fused.FusedStep(config, network.cuda(), kernel, totals)
-    given = Batch(torch.empty(0, dtype=torch.uint8), on_gpu[1], None, 0, BATCH)
-    rule = {"sgd": torch.optim.SGD, "muon": Muon}[optimizer]
-    theirs = rule(reference.parameters(), lr=0.01, momentum=0.9, nesterov=False)
+    given = Batch(torch.empty(0, dtype=torch.uint8), labels, None, 0, BATCH)
+    return network, step, reference, given, inputs
+
+
+def backpropagate(reference, batch):
+    """The mean loss's gradients by torch."""
+    scores = reference.layers(batch[0].double()).flatten(1).log_softmax(1)
+    (sum_of_losses(scores, batch[1], 0.0) / BATCH).backward()
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_step_on_a_gpu_is_torchs(name, batch):
+    network, step, reference, given, inputs = set_up_on_gpu(name, batch, Config())
+    step(given, inputs, 0.0, (1, 5), False)
+    backpropagate(reference, batch)
+    largest = max(p.grad.abs().max() for p in reference.parameters())
+    gradients = [parameter.grad.cpu() for parameter in network.parameters()]
+    for parameter, gradient in zip(network.cpu().parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    assert_near(network, reference, largest)
+
+
+@needs_gpu
+@pytest.mark.parametrize("optimizer", RULES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_two_steps_on_a_gpu_are_torchs(name, optimizer, batch):
+    """The second one reads the weights that the first one packed."""
+    config = Config(optimizer=optimizer)
+    network, step, reference, given, inputs = set_up_on_gpu(name, batch, config)
+    theirs = RULES[optimizer](reference.parameters(), lr=0.01, momentum=0.9, nesterov=False)
     for _ in range(2):
-        step(given, on_gpu[0], 0.01, (1, 5), False)
+        step(given, inputs, 0.01, (1, 5), False)
         theirs.zero_grad()
-        scores = reference.layers(batch[0].double()).flatten(1).log_softmax(1)
-        (sum_of_losses(scores, batch[1], 0.0) / BATCH).backward()
+        backpropagate(reference, batch)
         theirs.step()
     for ours, other in zip(network.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.cpu().double(), other, rtol=1e-3, atol=3e-4)
