@@ -7,7 +7,6 @@ epoch, so that it does not depend on how the epoch is cut into batches and share
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -205,7 +204,6 @@ def augment(
     images: Tensor,
     positions: Tensor,
     key: Tensor,
-    warp: Callable[[Tensor, Tensor, str, float, Tensor | None], Tensor] = warp,
 ) -> Tensor:
     """Augmented and normalised images.
 
@@ -214,7 +212,6 @@ def augment(
         images: uint8 (batch, 1, size, size).
         positions: int64 (batch,), positions of the images in the epoch.
         key: int64 scalar from `derive_key`.
-        warp: what resamples.
 
     Returns:
         float32, shape of `images`, normalised.

@@ -40,12 +40,18 @@ class Batch:
         """Images in this process's part."""
         return len(self.labels if self.rows is None else self.rows)
 
+    def gather_images(self) -> Tensor:
+        """Images uint8 (batch, 1, 28, 28)."""
+        # on CPUs `index_select` is 7 times as fast as indexing with square brackets
+        return self.images if self.rows is None else self.images.index_select(0, self.rows)
+
+    def gather_labels(self) -> Tensor:
+        """Labels int64 (batch,)."""
+        return self.labels if self.rows is None else self.labels.index_select(0, self.rows)
+
     def gather(self) -> tuple[Tensor, Tensor]:
-        """Images uint8 (batch, 1, 28, 28) and labels int64 (batch,)."""
-        if self.rows is None:
-            return self.images, self.labels
-        # on CPUs this is 7 times as fast as indexing with square brackets
-        return self.images.index_select(0, self.rows), self.labels.index_select(0, self.rows)
+        """Images and labels."""
+        return self.gather_images(), self.gather_labels()
 
 
 @dataclasses.dataclass(frozen=True)

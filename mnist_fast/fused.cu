@@ -10,11 +10,7 @@
 // and its ReLU give. On the way back the latter is replaced by its gradient, and the former by the gradient of what
 // the layer before gives.
 //
-// What fused.py defines before: NETWORK, the layers; THREADS of a block; BLOCKS, the most there are.
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+// What fused.py puts before: NETWORK, the layers; THREADS of a block; BLOCKS, the most there are; augment.h.
 
 enum Pool { NONE, MAX, AVERAGE };
 
@@ -37,14 +33,7 @@ struct Layer {
 constexpr Layer LAYERS[] = {NETWORK};
 constexpr int COUNT = sizeof(LAYERS) / sizeof(Layer);
 constexpr int SIDE = LAYERS[0].input_size;  // of an image
-constexpr int DRAWS = 9;                    // of an image's augmentation, besides those of the elastic distortion
-constexpr int POINTS = 5;                   // of the elastic distortion, along each side
 constexpr int MOST_CHANNELS = 64;
-
-// What is drawn for an image, each uniformly: radians, pixels, factors; see augment.py.
-struct Ranges {
-  float rotation, angle, shear, scale_min, scale_max, translate, elastic, brightness, contrast, fill;
-};
 
 // Two sums of one block and the step they belong to, twice: a sum and its tag arrive together, as 8 bytes (on which the
 // low-latency protocol of NCCL relies, too).
@@ -94,8 +83,6 @@ __device__ inline void publish() { asm volatile("fence.acq_rel.gpu;" ::: "memory
 __device__ inline void give_up() { __trap(); }
 // The compiler is to see that all lanes of a warp have the same.
 __device__ inline int uniform(int value) { return __shfl_sync(~0u, value, 0); }
-__device__ inline float sine(float x) { return __sinf(x); }  // angles are small: errors below 1e-6
-__device__ inline float cosine(float x) { return __cosf(x); }
 
 template <class T>
 __device__ inline T add_lanes(T value) {
@@ -284,12 +271,6 @@ struct alignas(N % 4 ? N * 4 : 16) Vector {
   float values[N];
 };
 
-DEVICE u32 hash(u32 x) {  // lowbias32 by Wellons
-  x = (x ^ (x >> 16)) * 0x7FEB352Du;
-  x = (x ^ (x >> 15)) * 0x846CA68Bu;
-  return x ^ (x >> 16);
-}
-
 DEVICE float clamp(float value) { return fminf(fmaxf(value, 0.0f), 1.0f); }
 
 struct Pair {
@@ -436,30 +417,25 @@ struct Step {
 
   // ---- the image
 
-  DEVICE float draw(u64 key, int columns, int column) const {  // as augment.py's `uniform`
-    const u32 counter = u32((a.position + block()) * columns + column + key);
-    return float(hash(hash(counter) ^ u32(key >> 31)) >> 8) * 0x1p-24f;
-  }
-
   DEVICE float *pixel(int place) const {
     constexpr Layer layer = LAYERS[0];
     return inputs<0>() + (place / SIDE + layer.padding) * layer.padded() + place % SIDE + layer.padding;
   }
 
   DEVICE void read_image() const {
-    constexpr float MEAN = 0.1307f, DEVIATION = 0.3081f;  // augment.py's
     if (a.inputs) {
       for (int i = thread(); i < SIDE * SIDE; i += THREADS) *pixel(i) = a.inputs[block() * SIDE * SIDE + i];
       return;
     }
+    const i64 position = a.position + block();
     float *image = shared + SCRATCH, *draws = image + SIDE * SIDE;
     for (int i = thread(); i < SIDE * SIDE; i += THREADS)
       image[i] = float(a.images[i64(row) * SIDE * SIDE + i]) / 255.0f;
-    for (int i = thread(); i < DRAWS; i += THREADS) draws[i] = draw(a.augment_key, DRAWS, i);
+    for (int i = thread(); i < DRAWS; i += THREADS) draws[i] = draw(a.augment_key, position, DRAWS, i);
     float *moves = draws + DRAWS + WARPS, *basis = moves + 2 * POINTS * POINTS;
     if (a.augmented && a.ranges.elastic > 0) {
       for (int i = thread(); i < 2 * POINTS * POINTS; i += THREADS)
-        moves[i] = around(a.ranges.elastic, draw(a.elastic_key, 2 * POINTS * POINTS, i));
+        moves[i] = around(a.ranges.elastic, draw(a.elastic_key, position, 2 * POINTS * POINTS, i));
       for (int i = thread(); i < SIDE * POINTS; i += THREADS) basis[i] = a.basis[i];
     }
     sync_threads();
@@ -468,12 +444,7 @@ struct Step {
       if (a.ranges.brightness > 0 || a.ranges.contrast > 0) jitter(draws);
     }
     for (int i = thread(); i < SIDE * SIDE; i += THREADS)
-      *pixel(i) = ((a.augmented ? *pixel(i) : image[i]) - MEAN) / DEVIATION;
-  }
-
-  DEVICE static float between(float low, float high, float draw) { return low + (high - low) * draw; }
-  DEVICE static float around(float radius, float draw, float centre = 0) {
-    return between(centre - radius, centre + radius, draw);
+      *pixel(i) = ((a.augmented ? *pixel(i) : image[i]) - PIXELS_MEAN) / PIXELS_SD;
   }
 
   // How far the elastic distortion moves a pixel, as augment.py's `displacements`: points (POINTS, POINTS) lead it.
@@ -487,29 +458,20 @@ struct Step {
     return sum;
   }
 
-  // Nearest resampling under an affine map, as augment.py's `affine_maps` and `warp`.
+  // Nearest resampling under an affine map, as augment.py's `warp`.
   DEVICE void resample(const float *image, const float *draws, const float *moves, const float *basis) const {
-    const Ranges &r = a.ranges;
-    const float rotation = around(r.rotation, draws[0]), angle = around(r.angle, draws[1]);
-    const float tilt = around(r.shear, draws[2]), shear = sine(tilt) / cosine(tilt);
-    const float scale = between(r.scale_min, r.scale_max, draws[3]);
-    const float shift_x = rintf(around(r.translate, draws[4])), shift_y = rintf(around(r.translate, draws[5]));
-    const float c = cosine(angle), s = sine(angle), rc = cosine(rotation), rs = sine(rotation);
-    const float m00 = (c - s * shear) / scale, m01 = (c * shear + s) / scale, m10 = -s / scale, m11 = c / scale;
-    const float xx = rc * m00 - rs * m10, xy = rc * m01 - rs * m11;
-    const float yx = rs * m00 + rc * m10, yy = rs * m01 + rc * m11;
-    const float x0 = -(xx * shift_x + xy * shift_y), y0 = -(yx * shift_x + yy * shift_y);
+    const Map map = find_map(a.ranges, draws);
     constexpr float CENTRE = (SIDE - 1) / 2.0f;
     for (int i = thread(); i < SIDE * SIDE; i += THREADS) {
       const float dx = i % SIDE - CENTRE, dy = i / SIDE - CENTRE;
-      float x = xx * dx + xy * dy + x0 + CENTRE, y = yx * dx + yy * dy + y0 + CENTRE;
-      if (r.elastic > 0) {
+      float x = map.xx * dx + map.xy * dy + map.x0 + CENTRE, y = map.yx * dx + map.yy * dy + map.y0 + CENTRE;
+      if (a.ranges.elastic > 0) {
         x += displacement(moves, basis, i % SIDE, i / SIDE);
         y += displacement(moves + POINTS * POINTS, basis, i % SIDE, i / SIDE);
       }
       const float column = rintf(x), line = rintf(y);
       const bool inside = column >= 0 && column < SIDE && line >= 0 && line < SIDE;
-      *pixel(i) = inside ? image[int(line) * SIDE + int(column)] : r.fill;
+      *pixel(i) = inside ? image[int(line) * SIDE + int(column)] : a.ranges.fill;
     }
   }
 

@@ -14,7 +14,6 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,32 +44,6 @@ TRUE = ("1", "true", "yes", "on", "t", "y")  # words that accelerate takes for i
 OPTIONS = ("-std=c++20", "-default-device", "-diag-suppress=128,177")
 
 
-class Ranges(ctypes.Structure):
-    """Strengths of the augmentation; the same fields stand in fused.cu."""
-
-    _fields_ = [
-        *((name, ctypes.c_float) for name in ("rotation", "angle", "shear", "scale_min")),
-        *((name, ctypes.c_float) for name in ("scale_max", "translate", "elastic")),
-        *((name, ctypes.c_float) for name in ("brightness", "contrast", "fill")),
-    ]
-
-
-def find_ranges(config: Config) -> Ranges:
-    """A recipe's strengths in the kernel's units."""
-    return Ranges(
-        rotation=math.radians(config.rotation),
-        angle=math.radians(config.affine_rotation),
-        shear=math.radians(config.shear),
-        scale_min=config.scale_min,
-        scale_max=config.scale_max,
-        translate=config.translate * IMAGE_SIZE,
-        elastic=config.elastic,
-        brightness=config.brightness,
-        contrast=config.contrast,
-        fill=config.fill / 255,
-    )
-
-
 # Memory that a step keeps, in the order of fused.cu's Arguments
 ROOMS = [
     *("basis", "parameters", "momenta", "gradients", "statistics", "counters", "totals"),
@@ -88,7 +61,7 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("rate", "momentum", "weight_decay", "weight")),
         *(("smoothing", ctypes.c_float), ("ticket", ctypes.c_uint32)),
         *((name, ctypes.c_int32) for name in ("augmented", "nesterov", "muon")),
-        ("ranges", Ranges),
+        ("ranges", native.Ranges),
     ]
 
 
@@ -126,7 +99,7 @@ def _has_bindings() -> bool:
 
 
 def prelude(network: Network, images: int, threads: int = THREADS) -> str:
-    """Definitions that fused.cu needs, for a network on the CPU, images and threads of a block.
+    """What fused.cu needs before it, for a network on the CPU, images and threads of a block.
 
     Raises:
         ValueError: the network holds what fused.cu does not know.
@@ -138,7 +111,8 @@ def prelude(network: Network, images: int, threads: int = THREADS) -> str:
         raise ValueError(f"fused steps: more than {MOST_CHANNELS} channels")
     rows = ("{" + ", ".join(_number(getattr(layer, f)) for f in FIELDS) + "}" for layer in layers)
     values = {"NETWORK": ", ".join(rows), "THREADS": threads, "BLOCKS": images}
-    return "".join(f"#define {name} {value}\n" for name, value in values.items())
+    defined = "".join(f"#define {name} {value}\n" for name, value in values.items())
+    return defined + native.SHARED.read_text()
 
 
 def _number(value: float) -> str:
@@ -314,7 +288,7 @@ class FusedStep:
             smoothing=config.label_smoothing,
             nesterov=config.nesterov,
             muon=config.optimizer == "muon",
-            ranges=find_ranges(config),
+            ranges=native.find_ranges(config),
         )
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._arguments))
         self.pack()

@@ -206,7 +206,7 @@ class Training:
             uint8 (2, n, 28, 28), n at most 32, on the CPU.
         """
         batch = next(iter(self.feed.epoch(0)))
-        before = batch.gather()[0][:32]
+        before = batch.gather_images()[:32]
         positions = torch.arange(batch.position, batch.position + len(before), device=before.device)
         key = torch.tensor(derive_key(self.config.seed, 0, "augment"), device=before.device)
         after = augment(self.config, before, positions, key) * SD + MEAN

@@ -1,4 +1,4 @@
-// Training and inference of the networks on CPUs. native.py compiles this file and describes what it passes.
+// Augmentation, training and inference of the networks on CPUs. native.py compiles this file and describes what it passes.
 //
 // A vector holds the same value of LANES images, so that each loop reads like that of one image and every lane works,
 // however few channels there are. Activations are (group of LANES images, channel, row, column, lane). A network is a
@@ -10,13 +10,14 @@
 
 #include <algorithm>
 #include <barrier>
-#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
+
+#include "augment.h"
 
 #ifdef __AVX512F__
 constexpr int LANES = 16;
@@ -26,6 +27,7 @@ constexpr int LANES = 8;
 constexpr int BLOCK = 4;        // output channels that a kernel works on at a time
 constexpr int STRIP = 3;        // pixels, or weights, likewise: 12 sums and what feeds them fill AVX2's 16 registers
 constexpr int MOST_WINDOW = 16;  // side of a pooling window
+constexpr int SIDE = 28;         // of an image
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t Mask __attribute__((vector_size(LANES * 4)));
@@ -65,6 +67,14 @@ double sum(Vec v) {
   return total;
 }
 
+// Calls work(thread) in so many threads, of which this one is the first.
+template <class Work>
+void in_parallel(int threads, Work work) {
+  std::vector<std::jthread> others;
+  for (int thread = 1; thread < threads; thread++) others.emplace_back(work, thread);
+  work(0);
+}
+
 // Memory that keeps its size from call to call, as fresh pages cost as much as a convolution.
 class Buffer {
  public:
@@ -86,14 +96,14 @@ class Buffer {
 };
 
 // Dropout's factors, 0 or 1 / (1 - p), for one channel of a group. Random numbers are xorshift32's (Marsaglia 2003) in
-// each lane, from a hash (lowbias32 by Wellons) of key, layer, channel and the image's position in the epoch, so that
+// each lane, from a hash of key, layer, channel and the image's position in the epoch, so that
 // they depend neither on batches nor on processes; the backward pass draws them again.
 class Dropout {
  public:
   Dropout(float p, uint64_t key, int layer, int channel, uint64_t position)
-      : below_(Bits{} + uint32_t(p * 4294967296.0)), keep_(all(1 / (1 - p))) {
-    const uint32_t place = hash(hash(uint32_t(key) ^ hash(uint32_t(key >> 32))) + uint32_t(layer * 4096 + channel));
-    for (int lane = 0; lane < LANES; lane++) state_[lane] = hash(place ^ hash(uint32_t(position + lane))) | 1;
+      : below_(Bits{} + u32(p * 4294967296.0)), keep_(all(1 / (1 - p))) {
+    const u32 place = hash(hash(u32(key) ^ hash(u32(key >> 32))) + u32(layer * 4096 + channel));
+    for (int lane = 0; lane < LANES; lane++) state_[lane] = hash(place ^ hash(u32(position + lane))) | 1;
   }
   Vec next() {
     state_ ^= state_ << 13;
@@ -103,11 +113,6 @@ class Dropout {
   }
 
  private:
-  static uint32_t hash(uint32_t x) {
-    x = (x ^ (x >> 16)) * 0x7FEB352Du;
-    x = (x ^ (x >> 15)) * 0x846CA68Bu;
-    return x ^ (x >> 16);
-  }
   Bits state_, below_;
   Vec keep_;
 };
@@ -161,19 +166,24 @@ void convolve(int kernel, const Vec *in, int inputs, int width, const float *wei
   else std::abort();  // native.py does not ask for it
 }
 
-// Gradients of COUNT weights in each of BLOCK channels; in: where the input of each of these weights begins.
-template <int COUNT>
-inline void correlate(const Vec *const (&in)[STRIP], int in_width, const Vec *out, int out_width, int size,
+// Gradients of COUNT weights in each of BLOCK channels; in: where the input of the first one begins, `step` before the
+// next; BESIDE: `step` is 1, so that only the last one's input is new at the next pixel.
+template <int COUNT, bool BESIDE = false>
+inline void correlate(const Vec *in, int step, int in_width, const Vec *out, int out_width, int size,
                       double (&sums)[BLOCK][STRIP]) {
   Vec local[BLOCK][COUNT] = {};
   const int plane = out_width * out_width;
-  for (int y = 0; y < size; y++) {
+  for (int y = 0; y < size; y++, in += in_width, out += out_width) {
+    Vec inputs[COUNT];
+    for (int t = 1; t < COUNT; t++) inputs[t] = in[t - 1];
     for (int x = 0; x < size; x++) {
+#pragma GCC unroll 3
+      for (int t = 0; t < COUNT; t++) inputs[t] = BESIDE && t + 1 < COUNT ? inputs[t + 1] : in[t * step + x];
 #pragma GCC unroll 4
       for (int j = 0; j < BLOCK; j++) {
-        const Vec value = out[j * plane + y * out_width + x];
+        const Vec value = out[j * plane + x];
 #pragma GCC unroll 3
-        for (int t = 0; t < COUNT; t++) local[j][t] += value * in[t][y * in_width + x];
+        for (int t = 0; t < COUNT; t++) local[j][t] += value * inputs[t];
       }
     }
   }
@@ -184,17 +194,16 @@ inline void correlate(const Vec *const (&in)[STRIP], int in_width, const Vec *ou
 // Gradient of a layer's weights from one group: in (inputs, padded, padded), out (blocks * BLOCK, out_width,
 // out_width).
 void correlate(const Layer &layer, const Vec *in, const Vec *out, int out_width, float *gradient) {
-  const int width = layer.padded(), k = layer.kernel, taps = layer.taps();
+  const int width = layer.padded(), k = layer.kernel, taps = layer.taps(), size = layer.size();
   for (int first = 0; first < layer.outputs; first += BLOCK, out += BLOCK * out_width * out_width) {
     for (int tap = 0; tap < taps; tap += STRIP) {
       const int count = std::min(STRIP, taps - tap);
-      const Vec *starts[STRIP] = {};
-      for (int t = tap; t < tap + count; t++)
-        starts[t - tap] = in + t / (k * k) * width * width + t / k % k * width + t % k;
+      const Vec *start = in + tap / (k * k) * width * width + tap / k % k * width;  // of a row of taps: k is 1 or 3
       double sums[BLOCK][STRIP];
-      if (count == 3) correlate<3>(starts, width, out, out_width, layer.size(), sums);
-      else if (count == 2) correlate<2>(starts, width, out, out_width, layer.size(), sums);
-      else correlate<1>(starts, width, out, out_width, layer.size(), sums);
+      if (k == 3) correlate<3, true>(start, 1, width, out, out_width, size, sums);
+      else if (count == 3) correlate<3>(start, width * width, width, out, out_width, size, sums);
+      else if (count == 2) correlate<2>(start, width * width, width, out, out_width, size, sums);
+      else correlate<1>(start, width * width, width, out, out_width, size, sums);
       for (int j = 0; j < std::min(BLOCK, layer.outputs - first); j++)
         for (int t = 0; t < count; t++) gradient[(first + j) * taps + tap + t] = float(sums[j][t]);
     }
@@ -245,8 +254,7 @@ class Pass {
 
   // Of a training pass: what is learned, and what was found.
   const int64_t *labels;
-  const float *targets;
-  float weight;
+  float weight, smoothing;
   std::vector<double> losses;
   std::vector<int64_t> hits;
 
@@ -319,16 +327,13 @@ void Pass::run(int threads, int phases) {
   if (buffers.size() < first + threads) buffers.resize(first + threads);
   std::vector<Vec *> out;
   for (int thread = 0; thread < threads; thread++) out.push_back(buffers[first + thread].get(most));
-  auto loop = [&](int thread) {
+  in_parallel(threads, [&](int thread) {
     for (int now = 0; now < phases; now++) {
       for (int group = groups_ * thread / threads; group < groups_ * (thread + 1) / threads; group++)
         work(now, group, out[thread]);
       barrier.arrive_and_wait();
     }
-  };
-  std::vector<std::jthread> others;
-  for (int thread = 1; thread < threads; thread++) others.emplace_back(loop, thread);
-  loop(0);
+  });
 }
 
 void Pass::work(int phase, int group, Vec *out) {
@@ -378,7 +383,7 @@ void Pass::compare(int group) {
     for (int c = 0; c < classes; c++) total += std::exp(double(logit(image, c) - top));
     for (int c = 0; c < classes; c++) {
       const double log_probability = logit(image, c) - top - std::log(total);
-      const float target = targets[image * classes + c];
+      const float target = (c == labels[image]) * (1 - smoothing) + smoothing / float(classes);
       losses[group] -= target * log_probability;
       gradients[c][lane] = weight * float(std::exp(log_probability) - target);
     }
@@ -578,28 +583,56 @@ void Pass::finish_gradients(int index) {
   }
 }
 
-// See `warp`; DISPLACED: whether there are displacements, a question for the compiler and not for each pixel.
-template <bool DISPLACED>
-void resample(const float *images, const float *maps, const float *displaced, int number, int size, float fill,
-              float *results) {
-  const float centre = (size - 1) / 2.0f;
-  const int pixels = size * size;
-  for (int n = 0; n < number; n++, images += pixels, results += pixels, maps += 6) {
-    for (int y = 0; y < size; y++) {
-      const float dy = y - centre;
-      for (int x = 0; x < size; x++) {
-        const float dx = x - centre;
-        float column = maps[0] * dx + maps[1] * dy + maps[2] + centre;
-        float row = maps[3] * dx + maps[4] * dy + maps[5] + centre;
-        if constexpr (DISPLACED) column += displaced[y * size + x], row += displaced[pixels + y * size + x];
-        column = std::nearbyint(column), row = std::nearbyint(row);
-        const bool inside = (column >= 0) & (column < size) & (row >= 0) & (row < size);
-        const float pixel = images[inside ? int(row) * size + int(column) : 0];  // read in any case: no branch
-        results[y * size + x] = inside ? pixel : fill;
-      }
-    }
-    if constexpr (DISPLACED) displaced += 2 * pixels;
+// Brightness and contrast in random order, as augment.py's `jitter`.
+void jitter(const Ranges &ranges, const float *draws, float *image) {
+  constexpr int PIXELS = SIDE * SIDE;
+  const float brightness = around(ranges.brightness, draws[6], 1), contrast = around(ranges.contrast, draws[7], 1);
+  const bool contrast_first = draws[8] < 0.5f;
+  for (int turn = 0; turn < 2; turn++) {
+    const bool stretches = contrast_first == (turn == 0);
+    float mean = 0;
+    for (int i = 0; i < PIXELS && stretches; i++) mean += image[i] / PIXELS;
+    const float factor = stretches ? contrast : brightness;
+    for (int i = 0; i < PIXELS; i++) image[i] = std::clamp(mean + (image[i] - mean) * factor, 0.0f, 1.0f);
   }
+}
+
+// One image: its pixels (SIDE, SIDE) to what augment.py's `augment` makes of them. See `augment` below.
+void augment_image(const uint8_t *pixels, const Ranges &ranges, u64 key, u64 elastic_key, i64 position,
+                   const float *basis, float *results) {
+  constexpr float CENTRE = (SIDE - 1) / 2.0f;
+  float draws[DRAWS], along[2][POINTS][SIDE];
+  for (int i = 0; i < DRAWS; i++) draws[i] = draw(key, position, DRAWS, i);
+  const Map map = find_map(ranges, draws);
+  for (int i = 0; i < 2 * POINTS && ranges.elastic > 0; i++) {  // rows of control points, interpolated along x
+    float moves[POINTS];
+    for (int k = 0; k < POINTS; k++)
+      moves[k] = around(ranges.elastic, draw(elastic_key, position, 2 * POINTS * POINTS, i * POINTS + k));
+    for (int x = 0; x < SIDE; x++) {
+      float &sum = along[i / POINTS][i % POINTS][x] = 0;
+      for (int k = 0; k < POINTS; k++) sum += moves[k] * basis[x * POINTS + k];
+    }
+  }
+  for (int y = 0; y < SIDE; y++) {
+    float columns[SIDE], rows[SIDE];
+    for (int x = 0; x < SIDE; x++) {
+      const float dx = x - CENTRE, dy = y - CENTRE;
+      columns[x] = map.xx * dx + map.xy * dy + map.x0 + CENTRE;
+      rows[x] = map.yx * dx + map.yy * dy + map.y0 + CENTRE;
+    }
+    for (int k = 0; k < POINTS && ranges.elastic > 0; k++) {
+      const float share = basis[y * POINTS + k];
+      for (int x = 0; x < SIDE; x++) columns[x] += along[0][k][x] * share, rows[x] += along[1][k][x] * share;
+    }
+    for (int x = 0; x < SIDE; x++) {
+      const float column = std::nearbyint(columns[x]), row = std::nearbyint(rows[x]);
+      const bool inside = (column >= 0) & (column < SIDE) & (row >= 0) & (row < SIDE);
+      const float pixel = pixels[inside ? int(row) * SIDE + int(column) : 0];  // read in any case: no branch
+      results[y * SIDE + x] = inside ? pixel / 255 : ranges.fill;
+    }
+  }
+  if (ranges.brightness > 0 || ranges.contrast > 0) jitter(ranges, draws, results);
+  for (int i = 0; i < SIDE * SIDE; i++) results[i] = (results[i] - PIXELS_MEAN) / PIXELS_SD;
 }
 
 }  // namespace
@@ -609,13 +642,12 @@ extern "C" {
 int lanes() { return LANES; }
 
 // Forward and backward pass; gradients are written, running statistics moved.
-// images (number, pixels), number a multiple of LANES; labels (number); targets (number, classes): probabilities;
-// weight: factor of the loss; key, position: of dropout, the latter the first image's in the epoch; totals: sum of
+// images (number, pixels), number a multiple of LANES; labels (number); weight: factor of the loss; key, position: of dropout, the latter the first image's in the epoch; totals: sum of
 // losses without the factor, and of right predictions.
-void train(const Layer *layers, int count, const float *images, const int64_t *labels, const float *targets, int number,
-           float weight, uint64_t key, uint64_t position, int threads, double *totals) {
+void train(const Layer *layers, int count, const float *images, const int64_t *labels, int number, float weight,
+           float smoothing, uint64_t key, uint64_t position, int threads, double *totals) {
   Pass pass(layers, count, images, number, key, position, true);
-  pass.labels = labels, pass.targets = targets, pass.weight = weight;
+  pass.labels = labels, pass.weight = weight, pass.smoothing = smoothing;
   pass.run(threads, 2 * count);
   totals[0] = totals[1] = 0;
   for (double loss : pass.losses) totals[0] += loss;
@@ -631,10 +663,15 @@ void predict(const Layer *layers, int count, const float *images, int number, in
     for (int c = 0; c < classes; c++) logits[image * classes + c] = pass.logit(image, c);
 }
 
-// Nearest resampling of square images (number, size, size) under maps (number, 2, 3) from output to input pixels with
-// the origin in the centre, displaced, where that is not null, by (number, 2, size, size) pixels; `fill` stands outside.
-void warp(const float *images, const float *maps, const float *displaced, int number, int size, float fill,
-          float *results) {
-  (displaced ? resample<true> : resample<false>)(images, maps, displaced, number, size, fill, results);
+// Augmented and normalised images (number, SIDE, SIDE), by nearest resampling, from rows of images (pool, SIDE, SIDE),
+// or the first ones where rows is null; key, elastic_key, position: of the draws, the last the first image's in the
+// epoch; basis (SIDE, POINTS): what each control point along a side gives to each pixel.
+void augment(const uint8_t *images, const int64_t *rows, int number, const Ranges *ranges, u64 key, u64 elastic_key,
+             i64 position, const float *basis, int threads, float *results) {
+  in_parallel(threads, [&](int thread) {
+    for (int i = number * thread / threads; i < number * (thread + 1) / threads; i++)
+      augment_image(images + (rows ? rows[i] : i) * SIDE * SIDE, *ranges, key, elastic_key, position + i, basis,
+                    results + i * SIDE * SIDE);
+  });
 }
 }

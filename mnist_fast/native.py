@@ -7,6 +7,7 @@ folder. All arithmetic is float32.
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import shutil
 import subprocess
@@ -18,16 +19,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnist_fast import augment
+from mnist_fast.augment import ELASTIC, interpolation_basis
+from mnist_fast.config import Config
 from mnist_fast.files import say
 from mnist_fast.model import CLASSES, IMAGE_SIZE, Network
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCE, SHARED = (Path(__file__).with_name(name) for name in ("native.cpp", "augment.h"))
 OPTIONS = ("-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", "-pthread")
 COMPILE_TIMEOUT = 300.0  # seconds
 POOLS = {nn.MaxPool2d: 1, nn.AvgPool2d: 2}  # native.cpp's names for them
 LARGEST_WINDOW = 16  # native.cpp's MOST_WINDOW
 PREDICTED_AT_ONCE = 128  # images whose activations fit into the processor's caches
+
+
+class Ranges(ctypes.Structure):
+    """Strengths of the augmentation; the same fields stand in augment.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_float) for name in ("rotation", "angle", "shear", "scale_min")),
+        *((name, ctypes.c_float) for name in ("scale_max", "translate", "elastic")),
+        *((name, ctypes.c_float) for name in ("brightness", "contrast", "fill")),
+    ]
+
+
+def find_ranges(config: Config) -> Ranges:
+    """A recipe's strengths in the compiled code's units."""
+    return Ranges(
+        rotation=math.radians(config.rotation),
+        angle=math.radians(config.affine_rotation),
+        shear=math.radians(config.shear),
+        scale_min=config.scale_min,
+        scale_max=config.scale_max,
+        translate=config.translate * IMAGE_SIZE,
+        elastic=config.elastic,
+        brightness=config.brightness,
+        contrast=config.contrast,
+        fill=config.fill / 255,
+    )
 
 
 class Layer(ctypes.Structure):
@@ -73,12 +101,15 @@ def load_library() -> ctypes.CDLL | None:
         return None
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64
     library.train.argtypes = [
-        *(pointer, integer, pointer, pointer, pointer, integer),
-        *(ctypes.c_float, number, number, integer, pointer),
+        *(pointer, integer, pointer, pointer, integer, ctypes.c_float, ctypes.c_float),
+        *(number, number, integer, pointer),
     ]
     library.predict.argtypes = [pointer, integer, pointer, integer, integer, pointer]
-    library.warp.argtypes = [pointer] * 3 + [integer, integer, ctypes.c_float, pointer]
-    library.train.restype = library.predict.restype = library.warp.restype = None
+    library.augment.argtypes = [
+        *(pointer, pointer, integer, pointer, number, number, ctypes.c_int64),
+        *(pointer, integer, pointer),
+    ]
+    library.train.restype = library.predict.restype = library.augment.restype = None
     return library
 
 
@@ -90,7 +121,8 @@ def _compile() -> Path:
     program = compiler()
     if program is None:
         raise RuntimeError("there is no C++ compiler (g++, clang++ or $CXX)")
-    made_from = [SOURCE.read_bytes(), program.encode(), " ".join(OPTIONS).encode(), _processor()]
+    sources = [SOURCE.read_bytes(), SHARED.read_bytes()]
+    made_from = [*sources, program.encode(), " ".join(OPTIONS).encode(), _processor()]
     name = f"{hashlib.sha256(b'/'.join(made_from)).hexdigest()[:16]}.so"
     try:
         path = cache_folder("native") / name
@@ -193,24 +225,39 @@ def _address(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
-def warp(
-    images: Tensor,
-    maps: Tensor,
-    resampling: str,
-    fill: float,
-    displaced: Tensor | None = None,
-) -> Tensor:
-    """As `augment.warp`, whose arguments it takes; only nearest resampling is in native code."""
-    library = load_library()
-    if resampling != "nearest" or library is None:
-        return augment.warp(images, maps, resampling, fill, displaced)
-    images, maps = images.contiguous(), maps.contiguous()
-    displaced = None if displaced is None else displaced.contiguous()
-    results = torch.empty_like(images)
-    count, size = images.shape[:2].numel(), images.shape[-1]
-    pointers = (images.data_ptr(), maps.data_ptr(), _address(displaced))
-    library.warp(*pointers, count, size, fill, results.data_ptr())
-    return results
+class Augmentation:
+    """`augment.augment` in native code, for nearest resampling; it gathers the images, too.
+
+    Args:
+        config: strengths.
+        threads: of the native code; the result does not depend on it.
+    """
+
+    def __init__(self, config: Config, threads: int = 1):
+        library = load_library()
+        if library is None or config.resampling != "nearest":
+            raise RuntimeError("native augmentation is not available")
+        self._augment, self._threads = library.augment, threads
+        self._ranges = find_ranges(config)
+        self._basis = interpolation_basis(IMAGE_SIZE, torch.device("cpu")).contiguous()
+
+    def __call__(self, images: Tensor, rows: Tensor | None, position: int, key: int) -> Tensor:
+        """Augmented and normalised images, float32 (batch, 1, 28, 28).
+
+        Args:
+            images: uint8 (pool, 1, 28, 28) on the CPU, contiguous.
+            rows: int64 (batch,), the pool's rows that make up the batch; None: the whole pool.
+            position: of the first image in the epoch.
+            key: from `augment.derive_key`.
+        """
+        number = len(images if rows is None else rows)
+        results = torch.empty(number, *images.shape[1:])
+        self._augment(
+            *(images.data_ptr(), None if rows is None else rows.data_ptr(), number),
+            *(ctypes.byref(self._ranges), key, key ^ ELASTIC, position),
+            *(self._basis.data_ptr(), self._threads, results.data_ptr()),
+        )
+        return results
 
 
 class NativeNetwork(Network):
@@ -268,13 +315,10 @@ class NativeNetwork(Network):
         if first:
             self._layers = describe(self)
         inputs, labels = inputs.contiguous(), labels.contiguous()
-        targets = F.one_hot(labels, CLASSES).float()
-        if smoothing:
-            targets = targets * (1 - smoothing) + smoothing / CLASSES
         totals = (ctypes.c_double * 2)()
         self._library.train(
             *(self._layers, len(self._layers), inputs.data_ptr(), labels.data_ptr()),
-            *(targets.data_ptr(), len(inputs), weight, *place, self._threads, totals),
+            *(len(inputs), weight, smoothing, *place, self._threads, totals),
         )
         torch._foreach_add_(self._counters, 1)
         return totals[0], totals[1]

@@ -12,7 +12,6 @@ It runs in one of five modes that compute the same training:
 import contextlib
 import copy
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -229,6 +228,7 @@ class TrainingStep:
         network = network.to(device)
         averaged = copy.deepcopy(network).eval() if config.ema_decay else None
         self._native: native.NativeNetwork | None = None
+        self._native_augment: native.Augmentation | None = None
         if self.mode == "native":
             torch.set_num_threads(1)  # what is left to torch is small; its threads would spin
             network = self._native = native.NativeNetwork(network, runtime.threads)
@@ -262,8 +262,8 @@ class TrainingStep:
     def _choose_functions(self) -> None:
         """Sets what augments and what goes forward, compiled where the mode has it so."""
         self._augment, self._forward = augment, self._forward_rest
-        if self.mode == "native":
-            self._augment = functools.partial(augment, warp=native.warp)
+        if self.mode == "native" and self.config.resampling == "nearest":
+            self._native_augment = native.Augmentation(self.config, self.runtime.threads)
         if self.mode not in ("compiled", "captured", "fused"):
             return
         keep_compiled_kernels()
@@ -317,15 +317,14 @@ class TrainingStep:
         the gradients over the processes is exact, also where the parts differ in size.
         """
         weight = self.runtime.world_size / batch.global_size
-        images, labels = batch.gather()
-        self._stepper.zero_grad()  # not behind the step: `gradient_norm` reads the last ones
-        inputs = self._prepare_inputs(images)
+        inputs, labels = self._prepare_inputs(batch), batch.gather_labels()
         if self._native is not None and len(batch) % self._native.lanes == 0:
             place = (self._dropout_key, batch.position)
             smoothing = self.config.label_smoothing
             loss_sum, hits = self._native.backpropagate(inputs, labels, weight, smoothing, place)
             counts = self.totals.new_tensor([loss_sum, hits, len(batch)])
         else:
+            self._stepper.zero_grad()  # not behind the step: `gradient_norm` reads the last ones
             whole = len(batch) == self.sharding.local_size
             loss, counts = (self._forward if whole else self._forward_rest)(inputs, labels)
             self.runtime.backward(loss * weight)
@@ -341,12 +340,16 @@ class TrainingStep:
         inputs = None
         if self._augmented and not self._fused.augments:
             self._position.fill_(batch.position)
-            inputs = self._prepare_inputs(batch.gather()[0])
+            inputs = self._prepare_inputs(batch)
         keys = (self._augment_key, self._dropout_key)
         self._fused(batch, inputs, learning_rate, keys, self._augmented)
 
-    def _prepare_inputs(self, images: Tensor) -> Tensor:
+    def _prepare_inputs(self, batch: Batch) -> Tensor:
         """Augmented and normalised inputs."""
+        if self._augmented and self._native_augment:
+            place = (batch.position, self._augment_key)
+            return self._native_augment(batch.images, batch.rows, *place)
+        images = batch.gather_images()
         if not self._augmented:
             return normalise(scale_pixels(images))
         positions = self._position + self._offsets[: len(images)]
@@ -380,7 +383,7 @@ class TrainingStep:
             return
         if self._fused is not None:
             if not self._fused.augments:
-                self._prepare_inputs(example.gather()[0])
+                self._prepare_inputs(example)
             return
         with self._unchanged():
             if self.mode == "compiled":

@@ -29,8 +29,6 @@ void sync_threads() { group->barrier.arrive_and_wait(); }
 void publish() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 void give_up() { std::abort(); }
 int uniform(int value) { return value; }
-float sine(float x) { return std::sin(x); }
-float cosine(float x) { return std::cos(x); }
 template <class T>
 T add_lanes(T value) {
   return value;

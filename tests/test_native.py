@@ -154,35 +154,32 @@ def test_the_backward_pass_has_the_masks_of_the_forward_pass(batch):
 # Augmentation
 
 
-def test_warp_is_torchs_but_for_rounding_at_the_middle_between_two_pixels():
+AUGMENTED = {
+    "map": {"affine_rotation": 10, "shear": 10, "translate": 0.1, "scale_min": 0.8, "fill": 64},
+    "elastic": {"rotation": 5, "elastic": 2.0},
+    "jitter": {"translate": 0.1, "brightness": 0.4, "contrast": 0.4},
+}
+
+
+@pytest.mark.parametrize("changes", AUGMENTED.values(), ids=AUGMENTED)
+def test_augmentation_is_torchs_but_for_rounding_at_the_middle_between_two_pixels(changes):
     generator = torch.Generator().manual_seed(2)
-    images = torch.rand(64, 1, 28, 28, generator=generator)
-    draws = torch.rand(64, augment.DRAWS, generator=generator)
-    config = Config(affine_rotation=10, shear=10, translate=0.1, scale_min=0.8, scale_max=1.2)
-    maps = augment.affine_maps(augment.draw_parameters(config, draws, 28))
-    key = torch.tensor(augment.derive_key(1, 0, "augment"))
-    moves = augment.displacements(Config(elastic=2.0), key, torch.arange(64), 28)
-    for displaced in (None, moves):
-        ours = native.warp(images, maps, "nearest", 0.25, displaced)
-        theirs = augment.warp(images, maps, "nearest", 0.25, displaced)
-        assert (ours != theirs).float().mean() < 1e-3
-        assert (ours == 0.25).any()
-    assert not torch.equal(ours, native.warp(images, maps, "nearest", 0.25))
+    pool = torch.randint(0, 256, (200, 1, 28, 28), generator=generator, dtype=torch.uint8)
+    rows = torch.randperm(200, generator=generator)[:64]
+    config, key = Config(**changes), augment.derive_key(1, 3, "augment")
+    positions = torch.arange(640, 704)
+    expected = augment.augment(config, pool[rows], positions, torch.tensor(key))
+    found = [native.Augmentation(config, threads)(pool, rows, 640, key) for threads in (1, 3)]
+    assert torch.equal(*found)
+    assert ((found[0] - expected).abs() > 1e-5).float().mean() < 1e-3
+    whole = native.Augmentation(config)(pool[rows].contiguous(), None, 640, key)
+    assert torch.equal(whole, found[0])
+    assert not torch.equal(native.Augmentation(config)(pool, rows, 641, key), whole)
 
 
-def test_warp_by_whole_pixels_moves_them():
-    image = torch.arange(1.0, 785).view(1, 1, 28, 28)
-    shift = torch.tensor([[[1.0, 0, 3], [0, 1, -2]]])  # from output to input
-    moved = native.warp(image, shift, "nearest", 0)
-    expected = torch.zeros_like(image)
-    expected[..., 2:, :-3] = image[..., :-2, 3:]
-    assert torch.equal(moved, expected)
-
-
-def test_other_resampling_is_torchs():
-    image, half = torch.rand(1, 1, 28, 28), torch.tensor([[[1.0, 0, 0.5], [0, 1, 0]]])
-    expected = augment.warp(image, half, "bilinear", 0)
-    assert torch.equal(native.warp(image, half, "bilinear", 0), expected)
+def test_other_resampling_is_not_in_native_code():
+    with pytest.raises(RuntimeError, match="not available"):
+        native.Augmentation(Config(resampling="bilinear"))
 
 
 # As a step of training
@@ -204,8 +201,10 @@ def trained(config, runtime, samples=100):
     return step
 
 
-def test_native_is_eager_within_rounding(runtime):
+@pytest.mark.parametrize("resampling", ["nearest", "bilinear"])
+def test_native_is_eager_within_rounding(resampling, runtime):
     config = Config(precision="no", dropout=0.0, affine_rotation=7, nesterov=True, ema_decay=0.5)
+    config = dataclasses.replace(config, resampling=resampling)
     ours = trained(dataclasses.replace(config, step="native"), runtime)
     eager = trained(dataclasses.replace(config, step="eager"), runtime)
     assert (ours.mode, eager.mode) == ("native", "eager")
