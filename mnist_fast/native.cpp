@@ -1,4 +1,5 @@
-// Augmentation, training and inference of the networks on CPUs. native.py compiles this file and describes what it passes.
+// Augmentation, training and inference of the networks on CPUs. native.py compiles this file and describes what it
+// passes.
 //
 // A vector holds the same value of LANES images, so that each loop reads like that of one image and every lane works,
 // however few channels there are. Activations are (group of LANES images, channel, row, column, lane). A network is a
@@ -60,6 +61,15 @@ Vec all(float value) { return Vec{} + value; }
 
 // Comparisons stand so that a NaN stays one.
 Vec relu(Vec v) { return v < 0 ? Vec{} : v; }
+
+// In a register: GCC would read it from memory for each product again, and loads are what products wait for.
+Vec load(const Vec *from) {
+  Vec value = *from;
+#ifdef __x86_64__
+  asm("" : "+x"(value));
+#endif
+  return value;
+}
 
 double sum(Vec v) {
   double total = 0;
@@ -181,7 +191,7 @@ inline void correlate(const Vec *in, int step, int in_width, const Vec *out, int
       for (int t = 0; t < COUNT; t++) inputs[t] = BESIDE && t + 1 < COUNT ? inputs[t + 1] : in[t * step + x];
 #pragma GCC unroll 4
       for (int j = 0; j < BLOCK; j++) {
-        const Vec value = out[j * plane + x];
+        const Vec value = load(out + j * plane + x);
 #pragma GCC unroll 3
         for (int t = 0; t < COUNT; t++) local[j][t] += value * inputs[t];
       }
@@ -264,11 +274,13 @@ class Pass {
   void forward(int index, int group);
   void backward(int index, int group, Vec *out);
   void compare(int group);
+  template <class Work>
+  void specialise(const Layer &layer, Work work) const;
   void prepare_input(int index, int group, Vec *in) const;
-  template <int WINDOW>
+  template <int WINDOW, bool DROPS>
   void activate(int index, int group, Vec *out, int width) const;
   void add_moments(int index, int group);
-  template <int WINDOW, class Take>
+  template <int WINDOW, bool DROPS, class Take>
   void activation_gradients(int index, int group, int channel, Take take) const;
   template <class Take>
   void activation_gradients(int index, int group, int channel, Take take) const;
@@ -391,6 +403,19 @@ void Pass::compare(int group) {
   }
 }
 
+// Calls work<WINDOW, DROPS>(): the side of the pooling window where it is small, or 0, and whether dropout is at work,
+// as constants for the compiler.
+template <class Work>
+void Pass::specialise(const Layer &layer, Work work) const {
+  const bool drops = training_ && layer.dropout > 0;
+  auto choose = [&]<int WINDOW>() {
+    drops ? work.template operator()<WINDOW, true>() : work.template operator()<WINDOW, false>();
+  };
+  if (layer.window == 1) choose.template operator()<1>();
+  else if (layer.window == 2) choose.template operator()<2>();
+  else choose.template operator()<0>();
+}
+
 // The input of a layer for one group, with its margin of zeros: the images, or what the layer before gives.
 void Pass::prepare_input(int index, int group, Vec *in) const {
   const Layer &layer = layers_[index];
@@ -402,23 +427,20 @@ void Pass::prepare_input(int index, int group, Vec *in) const {
     for (int y = 0; y < size; y++)
       for (int x = 0; x < size; x++)
         for (int lane = 0; lane < LANES; lane++) in[y * width + x][lane] = images[(lane * size + y) * size + x];
-  } else if (layers_[index - 1].window == 1) {
-    activate<1>(index - 1, group, in, width);
-  } else if (layers_[index - 1].window == 2) {
-    activate<2>(index - 1, group, in, width);
   } else {
-    activate<0>(index - 1, group, in, width);
+    specialise(layers_[index - 1],
+               [&]<int WINDOW, bool DROPS>() { activate<WINDOW, DROPS>(index - 1, group, in, width); });
   }
 }
 
 // What a layer gives for one group, to `out` with rows of `width`. WINDOW: the layer's window where the compiler knows
 // it, or 0.
-template <int WINDOW>
+template <int WINDOW, bool DROPS>
 void Pass::activate(int index, int group, Vec *out, int width) const {
   const Layer &layer = layers_[index];
   const State &state = states_[index];
   const int side = layer.size(), window = WINDOW ? WINDOW : layer.window, pooled = layer.pooled();
-  const bool drops = training_ && layer.dropout > 0, max = WINDOW != 1 && layer.pool == MAX, clips = layer.relu_after;
+  const bool max = WINDOW != 1 && layer.pool == MAX, clips = layer.relu_after;
   const float share = layer.pool == AVERAGE ? 1.0f / float(window * window) : 1;
   const Vec *values = state.values + group * layer.values();
   for (int channel = 0; channel < layer.outputs; channel++, values += side * side, out += width * width) {
@@ -430,7 +452,7 @@ void Pass::activate(int index, int group, Vec *out, int width) const {
         for (int y = 0; y < window; y++) {
           for (int x = 0; x < window; x++) {
             Vec value = values[(py * window + y) * side + px * window + x] * factor + offset;
-            if (drops) value *= dropout.next();
+            if constexpr (DROPS) value *= dropout.next();
             if (clips) value = relu(value);
             result = !max ? result + value : value < result ? result : value;
           }
@@ -443,12 +465,12 @@ void Pass::activate(int index, int group, Vec *out, int width) const {
 
 // Calls take(y, x, value, gradient of the loss by BatchNorm's result there) for one channel of a group.
 // WINDOW: the layer's window where it is known to the compiler, or 0.
-template <int WINDOW, class Take>
+template <int WINDOW, bool DROPS, class Take>
 inline void Pass::activation_gradients(int index, int group, int channel, Take take) const {
   const Layer &layer = layers_[index];
   const State &state = states_[index];
   const int side = layer.size(), window = WINDOW ? WINDOW : layer.window, pooled = layer.pooled();
-  const bool drops = layer.dropout > 0, max = WINDOW != 1 && layer.pool == MAX, clips = layer.relu_after;
+  const bool max = WINDOW != 1 && layer.pool == MAX, clips = layer.relu_after;
   const float share = layer.pool == AVERAGE ? 1.0f / float(window * window) : 1;
   const Vec *values = state.values + group * layer.values() + channel * side * side;
   const Vec *gradients = state.gradients + group * layer.results() + channel * pooled * pooled;
@@ -463,15 +485,16 @@ inline void Pass::activation_gradients(int index, int group, int channel, Take t
       Vec best = all(-INFINITY);
       for (int y = 0, w = 0; y < window; y++) {
         for (int x = 0; x < window; x++, w++) {
-          factors[w] = drops ? dropout.next() : all(1);
-          results[w] = (corner[y * side + x] * factor + offset) * factors[w];
+          results[w] = corner[y * side + x] * factor + offset;
+          if constexpr (DROPS) results[w] *= factors[w] = dropout.next();
           best = results[w] < best ? best : results[w];
         }
       }
       Mask free = Mask{} - 1;  // lanes whose greatest value was not met yet: only the first one gets the gradient
       for (int y = 0, w = 0; y < window; y++) {
         for (int x = 0; x < window; x++, w++) {
-          Vec gradient = given * factors[w];
+          Vec gradient = given;
+          if constexpr (DROPS) gradient *= factors[w];
           if (max) {
             const Mask chosen = free & (results[w] == best);
             gradient = chosen ? gradient : Vec{};
@@ -487,10 +510,8 @@ inline void Pass::activation_gradients(int index, int group, int channel, Take t
 
 template <class Take>
 void Pass::activation_gradients(int index, int group, int channel, Take take) const {
-  const int window = layers_[index].window;
-  if (window == 1) activation_gradients<1>(index, group, channel, take);
-  else if (window == 2) activation_gradients<2>(index, group, channel, take);
-  else activation_gradients<0>(index, group, channel, take);
+  specialise(layers_[index],
+             [&]<int WINDOW, bool DROPS>() { activation_gradients<WINDOW, DROPS>(index, group, channel, take); });
 }
 
 void Pass::add_moments(int index, int group) {
@@ -642,8 +663,9 @@ extern "C" {
 int lanes() { return LANES; }
 
 // Forward and backward pass; gradients are written, running statistics moved.
-// images (number, pixels), number a multiple of LANES; labels (number); weight: factor of the loss; key, position: of dropout, the latter the first image's in the epoch; totals: sum of
-// losses without the factor, and of right predictions.
+// images (number, pixels), number a multiple of LANES; labels (number); weight: factor of the loss; smoothing: of the
+// labels; key, position: of dropout, the latter the first image's in the epoch; totals: sum of losses without the
+// factor, and of right predictions.
 void train(const Layer *layers, int count, const float *images, const int64_t *labels, int number, float weight,
            float smoothing, uint64_t key, uint64_t position, int threads, double *totals) {
   Pass pass(layers, count, images, number, key, position, true);
