@@ -43,13 +43,18 @@ from mnist_fast.runtime import Runtime  # noqa: E402
 from mnist_fast.step import TrainingStep  # noqa: E402
 
 SEARCH_SEEDS = range(11, 14)  # of the runs on held-out images
-# epochs, batch size, peak learning rate; by rising number of images, then of steps
-SCHEDULES = [
+# epochs, batch size, peak learning rate
+SGD = [
     *((2, 256, 0.2), (2, 128, 0.15), (3, 512, 0.3), (3, 256, 0.2), (3, 128, 0.15)),
     *((4, 512, 0.3), (4, 256, 0.2), (4, 128, 0.15), (5, 256, 0.2), (6, 256, 0.2)),
     *((6, 128, 0.15), (8, 256, 0.2), (8, 128, 0.1), (10, 256, 0.2), (10, 128, 0.1)),
     *((12, 256, 0.2), (12, 128, 0.1), (15, 256, 0.2), (15, 128, 0.1), (20, 128, 0.1)),
 ]
+MUON = [(4, 128, 0.1), (5, 128, 0.1), (6, 128, 0.1), (8, 128, 0.1), (10, 128, 0.05)]
+# with their optimiser, by rising number of images, then of steps
+SCHEDULES = sorted(
+    [*((*s, "sgd") for s in SGD), *((*s, "muon") for s in MUON)], key=lambda s: (s[0], -s[1])
+)
 
 
 @dataclasses.dataclass
@@ -59,6 +64,7 @@ class Result:
     epochs: int
     batch_size: int
     learning_rate: float
+    optimizer: str
     held_out: list[float] = dataclasses.field(default_factory=list)
     setup_seconds: float = 0.0
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -111,16 +117,17 @@ class Clock:
 
 
 def try_schedule(
-    schedule: tuple[int, int, float],
+    schedule: tuple[int, int, float, str],
     options: argparse.Namespace,
     runtime: Runtime,
     train: tuple[Tensor, Tensor],
     test: tuple[Tensor, Tensor],
 ) -> Result:
     """Measures a schedule on held-out images; where that reaches an open target, tests it."""
-    epochs, size, peak = schedule
+    epochs, size, peak, optimizer = schedule
     arguments = {"recipe": options.recipe, "step": options.step}
     arguments |= {"epochs": epochs, "batch_size": size, "learning_rate": peak}
+    arguments |= {"optimizer": optimizer}
     config = load([part for k, v in arguments.items() for part in (f"--{k}", str(v))])
 
     def evaluated(runner: Runner, images: Tensor, labels: Tensor) -> float:
@@ -165,8 +172,8 @@ def summarise(result: Result) -> dict[str, Any]:
 def format_line(row: dict[str, Any]) -> str:
     """A schedule's numbers in words."""
     words = (
-        f"{row['epochs']:>2} epochs, batch {row['batch_size']}, peak {row['learning_rate']:g}: "
-        f"{row['mean_held_out']:.3f} % of held-out images"
+        f"{row['epochs']:>2} epochs of {row['optimizer']}, batch {row['batch_size']}, "
+        f"peak {row['learning_rate']:g}: {row['mean_held_out']:.3f} % of held-out images"
     )
     if not row["n"]:
         return words
