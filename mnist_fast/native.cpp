@@ -106,8 +106,8 @@ class Buffer {
 };
 
 // Dropout's factors, 0 or 1 / (1 - p), for one channel of a group. Random numbers are xorshift32's (Marsaglia 2003) in
-// each lane, from a hash of key, layer, channel and the image's position in the epoch, so that
-// they depend neither on batches nor on processes; the backward pass draws them again.
+// each lane, from a hash of key, layer, channel and the image's position in the epoch, so that they depend neither on
+// batches nor on processes; the backward pass draws them again.
 class Dropout {
  public:
   Dropout(float p, uint64_t key, int layer, int channel, uint64_t position)
