@@ -65,7 +65,7 @@ Vec relu(Vec v) { return v < 0 ? Vec{} : v; }
 // In a register: GCC would read it from memory for each product again, and loads are what products wait for.
 Vec load(const Vec *from) {
   Vec value = *from;
-#ifdef __x86_64__
+#ifdef __AVX__
   asm("" : "+x"(value));
 #endif
   return value;
@@ -690,8 +690,9 @@ void predict(const Layer *layers, int count, const float *images, int number, in
 // epoch; basis (SIDE, POINTS): what each control point along a side gives to each pixel.
 void augment(const uint8_t *images, const int64_t *rows, int number, const Ranges *ranges, u64 key, u64 elastic_key,
              i64 position, const float *basis, int threads, float *results) {
+  threads = std::max(1, std::min(threads, number / 16));  // to start one takes as long as a few images
   in_parallel(threads, [&](int thread) {
-    for (int i = number * thread / threads; i < number * (thread + 1) / threads; i++)
+    for (int i = int64_t(number) * thread / threads; i < int64_t(number) * (thread + 1) / threads; i++)
       augment_image(images + (rows ? rows[i] : i) * SIDE * SIDE, *ranges, key, elastic_key, position + i, basis,
                     results + i * SIDE * SIDE);
   });

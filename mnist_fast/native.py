@@ -96,8 +96,10 @@ def load_library() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(_compile()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        output = getattr(error, "stderr", None) or str(error)
-        say(f"step: no native code on this machine: {output.strip().splitlines()[0]}")
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        # the compiler's warnings may stand before
+        reason = next((line for line in lines if ": error" in line), lines[0])
+        say(f"step: no native code on this machine: {reason}")
         return None
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64
     library.train.argtypes = [

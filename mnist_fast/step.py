@@ -102,7 +102,8 @@ def resolve_mode(config: Config, precision: str, sharding: Sharding) -> str:
     if precision == "no" and images >= NATIVE_FROM_IMAGES:
         if on_gpu and not _missing_for_fused(config, precision, sharding):
             return "fused"
-        if not on_gpu and native.load_library():
+        library = None if on_gpu else native.load_library()
+        if library and sharding.local_size % library.lanes() == 0:
             return "native"
     if on_gpu:
         return "captured" if images >= COMPILE_FROM_IMAGES else "eager"
@@ -117,7 +118,8 @@ def _check_native(precision: str, on_gpu: bool) -> None:
             f"--step native computes in float32: leave out --precision {precision}", shared=True
         )
     if not native.load_library():
-        raise InputError("--step native needs a C++ 20 compiler: use eager or auto", shared=True)
+        fault = "--step native needs a C++ 20 compiler that takes native.cpp: use eager or auto"
+        raise InputError(fault, shared=True)
 
 
 def _check_fused(config: Config, precision: str, sharding: Sharding) -> None:

@@ -2,7 +2,10 @@
 
 import copy
 import dataclasses
+import os
+import platform
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -169,8 +172,8 @@ def test_augmentation_is_torchs_but_for_rounding_at_the_middle_between_two_pixel
     config, key = Config(**changes), augment.derive_key(1, 3, "augment")
     positions = torch.arange(640, 704)
     expected = augment.augment(config, pool[rows], positions, torch.tensor(key))
-    found = [native.Augmentation(config, threads)(pool, rows, 640, key) for threads in (1, 3)]
-    assert torch.equal(*found)
+    found = [native.Augmentation(config, t)(pool, rows, 640, key) for t in (1, 3, 4_096)]
+    assert all(torch.equal(other, found[0]) for other in found[1:])
     assert ((found[0] - expected).abs() > 1e-5).float().mean() < 1e-3
     whole = native.Augmentation(config)(pool[rows].contiguous(), None, 640, key)
     assert torch.equal(whole, found[0])
@@ -255,7 +258,7 @@ def test_bf16_and_machines_without_a_compiler_are_refused_in_one_line(monkeypatc
 
 def test_code_that_does_not_compile_is_told_in_a_line(monkeypatch, tmp_path, capsys):
     source = tmp_path / "native.cpp"
-    source.write_text("this is not C++\n")
+    source.write_text('#warning "first"\nthis is not C++\n')
     monkeypatch.setattr(native, "SOURCE", source)
     monkeypatch.setenv("HOME", str(tmp_path))
     native.load_library.cache_clear()
@@ -263,8 +266,18 @@ def test_code_that_does_not_compile_is_told_in_a_line(monkeypatch, tmp_path, cap
         assert native.load_library() is None
     finally:
         native.load_library.cache_clear()
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert ": error: " in line
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="options of x86-64")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "x86-64-v4"])
+def test_it_compiles_for_processors_with_and_without_avx(processor):
+    """Code is generated, as some errors are found no earlier."""
+    options = [o for o in native.OPTIONS if not o.startswith("-march")]
+    command = ["g++", *options, f"-march={processor}", "-o", os.devnull, native.SOURCE]
+    subprocess.run(command, check=True, timeout=120)
 
 
 def test_it_is_compiled_once(monkeypatch, tmp_path):

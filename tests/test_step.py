@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -265,13 +266,13 @@ def test_the_mode_follows_choice_precision_size_and_compiler(
     monkeypatch, choice, precision, images, compiler, expected
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = "g++" if compiler else None
-    monkeypatch.setattr(native, "compiler", lambda: found)
-    monkeypatch.setattr(native, "load_library", lambda: found)
-    assert (
-        resolve_mode(Config(step=choice, epochs=15), precision, Sharding(images, 128, True))
-        == expected
-    )
+    library = SimpleNamespace(lanes=lambda: 8) if compiler else None
+    monkeypatch.setattr(native, "compiler", lambda: "g++" if compiler else None)
+    monkeypatch.setattr(native, "load_library", lambda: library)
+    config = Config(step=choice, epochs=15)
+    assert resolve_mode(config, precision, Sharding(images, 128, True)) == expected
+    if expected == "native":  # its vectors hold 8 images
+        assert resolve_mode(config, precision, Sharding(images, 100, True)) == "compiled"
 
 
 # Compiled
