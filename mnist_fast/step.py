@@ -82,6 +82,8 @@ def first_state(config: Config, parameter: Tensor) -> dict[str, Tensor]:
 def resolve_mode(config: Config, precision: str, sharding: Sharding) -> str:
     """The step mode; `auto` is fused or captured on GPUs and native on CPUs, or what comes next.
 
+    Native steps compute a multiple of their lanes; `auto` does not take them for other batches.
+
     fp16 is always eager: its loss scaling decides on the host whether a step is taken.
 
     Raises:
