@@ -269,6 +269,10 @@ class NativeNetwork(Network):
         network: on the CPU, contiguous, float32; its layers are shared. Their tensors must stay
             where they are.
         threads: of the native code; the result does not depend on it.
+
+    Attributes:
+        lanes: images that are computed at once.
+        gradient: float32, the gradients of all parameters, one behind the other.
     """
 
     def __init__(self, network: Network, threads: int = 1):
@@ -280,13 +284,16 @@ class NativeNetwork(Network):
         self.lanes: int = library.lanes()
         self._counters = [b for name, b in self.named_buffers() if "num_batches" in name]
         self._learned = list(self.parameters())  # to walk through the modules takes 0.1 ms
+        self.gradient = torch.zeros(sum(parameter.numel() for parameter in self._learned))
         self._gradients: list[Tensor] = []
         self._layers = describe(self)
 
     def _hand_over_gradients(self) -> None:
         """Lets the parameters have the gradients that the native code writes."""
         if not self._gradients:
-            self._gradients = [torch.zeros_like(parameter) for parameter in self._learned]
+            sizes = [parameter.numel() for parameter in self._learned]
+            parts = zip(self.gradient.split(sizes), self._learned, strict=True)
+            self._gradients = [part.view_as(parameter) for part, parameter in parts]
         for parameter, gradient in zip(self._learned, self._gradients, strict=True):
             parameter.grad = gradient
 

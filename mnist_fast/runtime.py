@@ -5,7 +5,7 @@ import datetime
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -96,17 +96,14 @@ class Runtime:
         """Adds the gradients of a loss, scaled in fp16."""
         self.accelerator.backward(loss)
 
-    def average_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Means gradients over the processes in one exchange; for networks outside DDP."""
-        if self.world_size > 1:
-            self._mean([p.grad for p in parameters if p.grad is not None])
-
     def average_buffers(self, network: nn.Module) -> None:
         """Means BatchNorm's running statistics, which each process gathers on its own images."""
-        if self.world_size > 1:
-            self._mean([buffer for buffer in network.buffers() if buffer.is_floating_point()])
+        self.average([buffer for buffer in network.buffers() if buffer.is_floating_point()])
 
-    def _mean(self, tensors: list[Tensor]) -> None:
+    def average(self, tensors: list[Tensor]) -> None:
+        """Means float32 tensors over the processes, in place and in one exchange."""
+        if self.world_size == 1:
+            return
         flat = torch._utils._flatten_dense_tensors(tensors)
         if self.device.type == "cpu":  # so few bytes cost gloo a wake-up per message, of which
             gathered = flat.new_empty(self.world_size * len(flat))  # a gather needs half as many

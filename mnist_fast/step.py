@@ -327,13 +327,15 @@ class TrainingStep:
             smoothing = self.config.label_smoothing
             loss_sum, hits = self._native.backpropagate(inputs, labels, weight, smoothing, place)
             counts = self.totals.new_tensor([loss_sum, hits, len(batch)])
+            gradients = [self._native.gradient]  # one piece: nothing to copy for an exchange
         else:
             self._stepper.zero_grad()  # not behind the step: `gradient_norm` reads the last ones
             whole = len(batch) == self.sharding.local_size
             loss, counts = (self._forward if whole else self._forward_rest)(inputs, labels)
             self.runtime.backward(loss * weight)
+            gradients = [p.grad for p in self._learned if p.grad is not None]
         if self.mode != "eager":
-            self.runtime.average_gradients(self._learned)
+            self.runtime.average(gradients)
         self._stepper.step()
         self.totals += counts
         self._average()
