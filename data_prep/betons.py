@@ -36,6 +36,7 @@ from data_prep.sources import Source, find_mnist, load_source
 from data_prep.staging import Staging, staging
 from data_prep.watched import Limits, Report, WorkFailed, run_watched
 from mnist_fast.errors import InputError
+from mnist_fast.imports import plain_dictionaries
 
 __all__ = [
     "Manifest",
@@ -48,7 +49,7 @@ __all__ = [
     "verify",
 ]
 
-LIMITS = Limits(first=180.0, then=30.0)  # to import FFCV (5 to 10 s mostly), for 1,000 samples
+LIMITS = Limits(first=180.0, then=30.0)  # to import FFCV, for 1,000 samples
 
 _PAGE_BYTES = 1 << 21  # FFCV's smallest page: a small data set makes a small file
 _BATCH = 1000  # samples; only sets how often progress is reported
@@ -325,8 +326,7 @@ class Samples:
 
 def write_and_read_back(report: Report, folder: str) -> dict[str, Any]:
     """Writes both betons in `folder` and compares all samples; returns each split's statistics."""
-    import ffcv  # noqa: F401  # takes most of the time
-
+    _import_ffcv()
     report(0)
     samples = {}
     for path in _beton_paths(folder):
@@ -340,10 +340,14 @@ def write_and_read_back(report: Report, folder: str) -> dict[str, Any]:
 
 def read_betons(report: Report, folder: str) -> dict[str, Any]:
     """Reads every sample of both betons in `folder`; returns each split's statistics."""
-    import ffcv  # noqa: F401  # takes most of the time
-
+    _import_ffcv()
     report(0)
     return {path.stem: _read_back(report, path) for path in _beton_paths(folder)}
+
+
+def _import_ffcv() -> None:
+    with plain_dictionaries():  # most of the time goes here
+        import ffcv  # noqa: F401
 
 
 def _beton_paths(folder: str) -> list[Path]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mnist_fast.augment import derive_key
 from mnist_fast.errors import InputError, RunError
+from mnist_fast.imports import plain_dictionaries
 
 LOADER_TIMEOUT = 120.0  # seconds without a batch after which a loader counts as hung
 
@@ -201,23 +202,6 @@ def open_loader(path: Path, batch_size: int, device: torch.device) -> Any:
         torch.set_num_threads(threads)
     loader.num_workers = min(threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     return loader
-
-
-@contextlib.contextmanager
-def plain_dictionaries() -> Iterator[None]:
-    """FFCV is imported 4 s faster inside.
-
-    At its import it fills one of numba's dictionaries, which numba compiles for that; only the
-    decoders of RGB images, of which we have none, read it.
-    """
-    from numba import typed
-
-    compiled = typed.Dict
-    typed.Dict = dict
-    try:
-        yield
-    finally:
-        typed.Dict = compiled
 
 
 @contextlib.contextmanager

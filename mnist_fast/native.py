@@ -266,13 +266,14 @@ class NativeNetwork(Network):
     """A network whose logits, in evaluation, and gradients come from native code.
 
     Args:
-        network: on the CPU, contiguous, float32; its layers are shared. Their tensors must stay
-            where they are.
+        network: on the CPU, contiguous, float32; its layers are shared. Its parameters become views
+            of one tensor. All tensors must stay where they are then.
         threads: of the native code; the result does not depend on it.
 
     Attributes:
         lanes: images that are computed at once.
-        gradient: float32, the gradients of all parameters, one behind the other.
+        weights: float32 (parameters,), all of them, one behind the other.
+        gradient: likewise, once there are gradients.
     """
 
     def __init__(self, network: Network, threads: int = 1):
@@ -284,18 +285,24 @@ class NativeNetwork(Network):
         self.lanes: int = library.lanes()
         self._counters = [b for name, b in self.named_buffers() if "num_batches" in name]
         self._learned = list(self.parameters())  # to walk through the modules takes 0.1 ms
-        self.gradient = torch.zeros(sum(parameter.numel() for parameter in self._learned))
-        self._gradients: list[Tensor] = []
+        self.weights = torch.cat([parameter.detach().flatten() for parameter in self._learned])
+        for parameter, view in zip(self._learned, self.views(self.weights), strict=True):
+            parameter.data = view
+        self.gradient = torch.zeros_like(self.weights)
+        self._gradients = self.views(self.gradient)
         self._layers = describe(self)
 
-    def _hand_over_gradients(self) -> None:
-        """Lets the parameters have the gradients that the native code writes."""
-        if not self._gradients:
-            sizes = [parameter.numel() for parameter in self._learned]
-            parts = zip(self.gradient.split(sizes), self._learned, strict=True)
-            self._gradients = [part.view_as(parameter) for part, parameter in parts]
-        for parameter, gradient in zip(self._learned, self._gradients, strict=True):
-            parameter.grad = gradient
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Parts of a tensor that is like `weights`, in the parameters' shapes."""
+        parts = flat.split([parameter.numel() for parameter in self._learned])
+        return [part.view_as(p) for part, p in zip(parts, self._learned, strict=True)]
+
+    def hand_over_gradients(self) -> None:
+        """Lets the parameters have their parts of `gradient`."""
+        if self._learned[0].grad is None:
+            for parameter, gradient in zip(self._learned, self._gradients, strict=True):
+                parameter.grad = gradient
+            self._layers = describe(self)
 
     def backpropagate(
         self,
@@ -319,10 +326,7 @@ class NativeNetwork(Network):
         """
         if len(inputs) % self.lanes:
             raise ValueError(f"native code: {len(inputs)} is no multiple of {self.lanes} images")
-        first = not self._gradients
-        self._hand_over_gradients()
-        if first:
-            self._layers = describe(self)
+        self.hand_over_gradients()
         inputs, labels = inputs.contiguous(), labels.contiguous()
         totals = (ctypes.c_double * 2)()
         self._library.train(

@@ -79,6 +79,32 @@ def first_state(config: Config, parameter: Tensor) -> dict[str, Tensor]:
     return {}
 
 
+class FlatSGD:
+    """SGD, as `torch.optim.SGD` has it, of parameters that lie in one tensor.
+
+    Torch's has more to do for many small ones, and imports torch's compiler, which takes 2 s.
+
+    Args:
+        config: momentum, Nesterov's or not, and weight decay.
+        network: whose weights are trained.
+        rate: learning rate, of no dimension.
+    """
+
+    def __init__(self, config: Config, network: native.NativeNetwork, rate: Tensor):
+        self.config, self.network, self.rate = config, network, rate
+        self.momentum = torch.zeros_like(network.weights)
+
+    def step(self) -> None:
+        """One step against the network's gradient."""
+        config, weights, gradient = self.config, self.network.weights, self.network.gradient
+        if config.weight_decay:
+            gradient = gradient.add(weights, alpha=config.weight_decay)
+        update = self.momentum.mul_(config.momentum).add_(gradient)
+        if config.nesterov:
+            update = gradient.add(update, alpha=config.momentum)
+        weights.addcmul_(update, self.rate, value=-1)
+
+
 def resolve_mode(config: Config, precision: str, sharding: Sharding) -> str:
     """The step mode; `auto` is fused or captured on GPUs and native on CPUs, or what comes next.
 
@@ -243,11 +269,6 @@ class TrainingStep:
             averaged = averaged.to(memory_format=torch.channels_last) if averaged else None
         self.network, self.averaged = network, averaged
         self._learned = list(network.parameters())  # to walk through the modules takes 0.1 ms
-        self.optimizer = build_optimizer(config, network)
-        if self.mode == "eager":
-            self._forward_network, self._stepper = runtime.prepare(network, self.optimizer)
-        else:
-            self._forward_network, self._stepper = network, self.optimizer
         self.totals = torch.zeros(3, dtype=torch.float64, device=device)
         # what changes from step to step lies in tensors, where a captured step reads it
         self._rate = torch.zeros((), device=device)
@@ -258,7 +279,9 @@ class TrainingStep:
         if self.mode == "fused":
             kernel = fused.load_kernel(config.network, config.dropout, sharding.local_size)
             self._fused = fused.FusedStep(config, network, kernel, self.totals)
-        self._set_up_optimizer()
+        self._forward_network: nn.Module = network
+        self.optimizer: torch.optim.Optimizer | None = None  # where it is one of torch's kind
+        self._kept = self._set_up_optimizer()
         self._augmented, self._augment_key, self._dropout_key = True, 0, 0
         self._captured: dict[bool, CapturedStep] = {}  # by whether images are augmented
         self._choose_functions()
@@ -268,30 +291,45 @@ class TrainingStep:
         self._augment, self._forward = augment, self._forward_rest
         if self.mode == "native" and self.config.resampling == "nearest":
             self._native_augment = native.Augmentation(self.config, self.runtime.threads)
-        if self.mode not in ("compiled", "captured", "fused"):
-            return
+        inputs_alone = self._fused is not None and not self._fused.augments
+        if self.mode not in ("compiled", "captured") and not inputs_alone:
+            return  # and torch's compiler is not even imported
         keep_compiled_kernels()
-        if self.mode != "fused":
+        if self._fused is None:
             self._forward = torch.compile(self._forward_rest, dynamic=False)
         if self.runtime.device.type == "cuda":  # on CPUs the eager kernels are the faster ones
             self._augment = torch.compile(augment, dynamic=False)
 
-    def _set_up_optimizer(self) -> None:
-        """Hands the optimiser the rate's tensor, and the state that its first step would create."""
-        for group in self.optimizer.param_groups:  # after `prepare`, which would copy the tensor
+    def _set_up_optimizer(self) -> list[dict[str, Tensor]]:
+        """Sets what takes the steps; returns what it keeps of each parameter."""
+        if self._fused is not None:
+            momenta = self._fused.momenta
+        elif self._native is not None and self.config.optimizer == "sgd":
+            sgd = FlatSGD(self.config, self._native, self._rate)
+            self._take_step, momenta = sgd.step, self._native.views(sgd.momentum)
+        else:
+            return self._set_up_torchs_optimizer()
+        keeps = self.config.momentum or self.config.optimizer == "muon"
+        return [{"momentum_buffer": momentum} if keeps else {} for momentum in momenta]
+
+    def _set_up_torchs_optimizer(self) -> list[dict[str, Tensor]]:
+        """The same, with what the first step would create there already."""
+        self.optimizer = optimizer = stepper = build_optimizer(self.config, self.network)
+        if self.mode == "eager":
+            self._forward_network, stepper = self.runtime.prepare(self.network, optimizer)
+        self._take_step = stepper.step
+        for group in optimizer.param_groups:  # after `prepare`, which would copy the tensor
             group["lr"] = self._rate
-        for index, parameter in enumerate(self.network.parameters()):
-            state = self.optimizer.state[parameter]
-            state.update(first_state(self.config, parameter))
-            if self._fused is not None and state:
-                state["momentum_buffer"] = self._fused.momenta[index]
+        for parameter in self._learned:
+            optimizer.state[parameter].update(first_state(self.config, parameter))
+        return [optimizer.state[parameter] for parameter in self._learned]
 
     def _optimizer_state(self) -> dict[str, Tensor]:
         """What the optimiser keeps, by name."""
         return {
             f"optimizer/{index}/{name}": tensor
-            for index, parameter in enumerate(self.network.parameters())
-            for name, tensor in self.optimizer.state[parameter].items()
+            for index, kept in enumerate(self._kept)
+            for name, tensor in kept.items()
             if tensor is not None
         }
 
@@ -327,18 +365,27 @@ class TrainingStep:
             smoothing = self.config.label_smoothing
             loss_sum, hits = self._native.backpropagate(inputs, labels, weight, smoothing, place)
             counts = self.totals.new_tensor([loss_sum, hits, len(batch)])
-            gradients = [self._native.gradient]  # one piece: nothing to copy for an exchange
         else:
-            self._stepper.zero_grad()  # not behind the step: `gradient_norm` reads the last ones
+            self._reset_gradients()
             whole = len(batch) == self.sharding.local_size
             loss, counts = (self._forward if whole else self._forward_rest)(inputs, labels)
             self.runtime.backward(loss * weight)
-            gradients = [p.grad for p in self._learned if p.grad is not None]
-        if self.mode != "eager":
-            self.runtime.average(gradients)
-        self._stepper.step()
+        if self._native is not None:
+            self.runtime.average([self._native.gradient])  # one piece: nothing to copy
+        elif self.mode != "eager":
+            self.runtime.average([p.grad for p in self._learned if p.grad is not None])
+        self._take_step()
         self.totals += counts
         self._average()
+
+    def _reset_gradients(self) -> None:
+        """Before the backward pass, not behind the step: `gradient_norm` reads the last ones."""
+        if self._native is not None:
+            self._native.hand_over_gradients()
+            self._native.gradient.zero_()
+            return
+        for parameter in self._learned:
+            parameter.grad = None
 
     def _train_fused(self, batch: Batch, learning_rate: float) -> None:
         """One step of the fused kernel."""
@@ -401,7 +448,8 @@ class TrainingStep:
                         self._captured[self._augmented] = CapturedStep(
                             self._train, example, self.network, self.graph_type
                         )
-        self.optimizer.zero_grad()
+        for parameter in self._learned:
+            parameter.grad = None
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:

@@ -6,7 +6,9 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 
+import helpers
 import pytest
 import torch
 from torch import nn
@@ -16,13 +18,14 @@ from mnist_fast.config import Config
 from mnist_fast.data import ResidentFeed, Sharding
 from mnist_fast.errors import InputError
 from mnist_fast.model import NETWORKS, Network, build_network
-from mnist_fast.step import TrainingStep, resolve_mode, sum_of_losses
+from mnist_fast.step import FlatSGD, TrainingStep, resolve_mode, sum_of_losses
 
 pytestmark = [
     pytest.mark.timeout(240),
     pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler (g++)"),
 ]
 BATCH = 48
+HERE = {"PYTHONPATH": str(helpers.ROOT)}
 
 
 @pytest.fixture
@@ -216,6 +219,54 @@ def test_native_is_eager_within_rounding(resampling, runtime):
     for name, tensor in ours.state().items():
         difference = (tensor - eager.state()[name]).float().norm()
         assert difference <= 1e-2 * eager.state()[name].float().norm() + 1e-4, name
+
+
+@pytest.mark.parametrize(
+    "choices", [{"momentum": 0.0}, {"momentum": 0.8}, {"nesterov": True, "weight_decay": 0.1}]
+)
+def test_flat_sgd_is_torchs(choices):
+    plain, config, rate = built("notebook"), Config(**choices), torch.tensor(0.0)
+    network = native.NativeNetwork(copy.deepcopy(plain))
+    ours = FlatSGD(config, network, rate)
+    theirs = torch.optim.SGD(
+        plain.parameters(),
+        *(1.0, config.momentum),
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+    )
+    for value in (0.1, 0.3, 0.2):
+        gradients = network.views(network.gradient.normal_())
+        for parameter, gradient in zip(plain.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        theirs.param_groups[0]["lr"] = value
+        theirs.step()
+        rate.fill_(value)
+        ours.step()
+    pairs = zip(network.parameters(), plain.parameters(), strict=True)
+    assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-6) for one, other in pairs)
+
+
+def test_torchs_compiler_is_not_imported(tmp_path):
+    """It takes 2 s; torch's own optimisers import it."""
+    path = tmp_path / "step.py"
+    path.write_text(
+        "import sys, torch\n"
+        "from mnist_fast.config import Config\n"
+        "from mnist_fast.data import ResidentFeed, Sharding\n"
+        "from mnist_fast.model import build_network\n"
+        "from mnist_fast.runtime import Runtime\n"
+        "from mnist_fast.step import TrainingStep\n"
+        "config = Config(precision='no', step='native', batch_size=8)\n"
+        "feed = ResidentFeed(torch.zeros(12, 1, 28, 28, dtype=torch.uint8),\n"
+        "                    torch.zeros(12, dtype=torch.long), Sharding(12, 8, False), 1)\n"
+        "step = TrainingStep(config, build_network('notebook'), Runtime(config), feed.sharding)\n"
+        "for batch in feed.epoch(0):\n"
+        "    step(batch, 0.1)\n"
+        "assert step.mode == 'native'\n"
+        "sys.exit('torch._dynamo' in sys.modules)\n"
+    )
+    done = helpers.launch(sys.executable, path, cwd=helpers.ROOT, timeout=120, environment=HERE)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_second_step_has_as_many_threads_as_the_first(runtime, monkeypatch):
