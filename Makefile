@@ -8,6 +8,8 @@ SHELL := /bin/bash
 ARGS ?=
 
 PYTHON := .venv/bin/python
+# The quick tests run side by side; ARGS="-n 0" for one after another, as a debugger needs it.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist worksteal
 # pytest-timeout bounds each test, this the whole. In a terminal the tests stay in the foreground, for Ctrl-C.
 LIMIT = timeout --signal=INT --kill-after=60 $(if $(CI),,--foreground)
 TYPED := $(wildcard train.py mnist_fast data_prep benchmarks scripts/preflight.py)
@@ -26,7 +28,7 @@ train: setup ## prepare the data and train, e.g. make train ARGS="--epochs 1 --s
 	.venv/bin/accelerate launch train.py --dataset auto $(ARGS)
 
 test: setup ## the quick tests
-	$(LIMIT) 1590 $(PYTHON) -m pytest -m "not slow" $(ARGS)
+	$(LIMIT) 1590 $(PYTHON) -m pytest -m "not slow" $(SIDE_BY_SIDE) $(ARGS)
 
 test-slow: setup test-needs ## the others: real training to accuracy, SLURM, faults
 	$(LIMIT) 1950 $(PYTHON) -m pytest -m slow $(ARGS)

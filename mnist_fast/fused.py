@@ -15,7 +15,6 @@ import functools
 import hashlib
 import importlib.util
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -257,7 +256,7 @@ class FusedStep:
         device = totals.device
         flat = torch.cat([p.detach().flatten() for p in parameters])
         rooms = [flat, torch.zeros_like(flat), torch.zeros_like(flat)]
-        views = [_views(room, parameters) for room in rooms]
+        views = [native.views(room, parameters) for room in rooms]
         for parameter, view in zip(parameters, views[0], strict=True):
             parameter.data = view
         self.momenta, self._gradients = views[1:]
@@ -266,7 +265,7 @@ class FusedStep:
         buffers = [getattr(norm, name) for norm in norms for name in names]
         statistics = torch.cat(buffers)
         counters = torch.stack([norm.num_batches_tracked for norm in norms])  # type: ignore[misc]
-        for index, view in enumerate(_views(statistics, buffers)):
+        for index, view in enumerate(native.views(statistics, buffers)):
             setattr(norms[index // 2], names[index % 2], view)
         for norm, counter in zip(norms, counters, strict=True):
             norm.num_batches_tracked = counter
@@ -328,9 +327,3 @@ class FusedStep:
     def pack(self) -> None:
         """Tells the kernel that others changed the parameters."""
         self._kernel.pack(self._pointers)
-
-
-def _views(room: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of a flat tensor in the shapes of others, one behind the other."""
-    parts = room.split([tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,12 @@ def _address(tensor: Tensor | None) -> int | None:
     return tensor.data_ptr()
 
 
+def views(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a tensor of one dimension in the shapes of others, one behind the other."""
+    parts = flat.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
 class Augmentation:
     """`augment.augment` in native code, for nearest resampling; it gathers the images, too.
 
@@ -286,16 +293,11 @@ class NativeNetwork(Network):
         self._counters = [b for name, b in self.named_buffers() if "num_batches" in name]
         self._learned = list(self.parameters())  # to walk through the modules takes 0.1 ms
         self.weights = torch.cat([parameter.detach().flatten() for parameter in self._learned])
-        for parameter, view in zip(self._learned, self.views(self.weights), strict=True):
+        for parameter, view in zip(self._learned, views(self.weights, self._learned), strict=True):
             parameter.data = view
         self.gradient = torch.zeros_like(self.weights)
-        self._gradients = self.views(self.gradient)
+        self._gradients = views(self.gradient, self._learned)
         self._layers = describe(self)
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """Parts of a tensor that is like `weights`, in the parameters' shapes."""
-        parts = flat.split([parameter.numel() for parameter in self._learned])
-        return [part.view_as(p) for part, p in zip(parts, self._learned, strict=True)]
 
     def hand_over_gradients(self) -> None:
         """Lets the parameters have their parts of `gradient`."""

@@ -306,7 +306,7 @@ class TrainingStep:
             momenta = self._fused.momenta
         elif self._native is not None and self.config.optimizer == "sgd":
             sgd = FlatSGD(self.config, self._native, self._rate)
-            self._take_step, momenta = sgd.step, self._native.views(sgd.momentum)
+            self._take_step, momenta = sgd.step, native.views(sgd.momentum, self._learned)
         else:
             return self._set_up_torchs_optimizer()
         keeps = self.config.momentum or self.config.optimizer == "muon"

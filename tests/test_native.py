@@ -235,7 +235,7 @@ def test_flat_sgd_is_torchs(choices):
         nesterov=config.nesterov,
     )
     for value in (0.1, 0.3, 0.2):
-        gradients = network.views(network.gradient.normal_())
+        gradients = native.views(network.gradient.normal_(), [*plain.parameters()])
         for parameter, gradient in zip(plain.parameters(), gradients, strict=True):
             parameter.grad = gradient.clone()
         theirs.param_groups[0]["lr"] = value
