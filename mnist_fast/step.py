@@ -108,7 +108,7 @@ class FlatSGD:
 def resolve_mode(config: Config, precision: str, sharding: Sharding) -> str:
     """The step mode; `auto` is fused or captured on GPUs and native on CPUs, or what comes next.
 
-    Native steps compute a multiple of their lanes; `auto` does not take them for other batches.
+    Native steps compute a multiple of their lanes of images; a smaller last batch may be another.
 
     fp16 is always eager: its loss scaling decides on the host whether a step is taken.
 
@@ -119,7 +119,7 @@ def resolve_mode(config: Config, precision: str, sharding: Sharding) -> str:
     if config.step == "captured" and not on_gpu:
         raise InputError("--step captured needs a GPU: use native, eager or auto", shared=True)
     if config.step == "native":
-        _check_native(precision, on_gpu)
+        _check_native(precision, on_gpu, sharding)
     if config.step == "fused":
         _check_fused(config, precision, sharding)
     if precision == "fp16":
@@ -138,16 +138,21 @@ def resolve_mode(config: Config, precision: str, sharding: Sharding) -> str:
     return "compiled" if images >= COMPILE_FROM_IMAGES and native.compiler() else "eager"
 
 
-def _check_native(precision: str, on_gpu: bool) -> None:
+def _check_native(precision: str, on_gpu: bool, sharding: Sharding) -> None:
     if on_gpu:
         raise InputError("--step native is for CPUs: use captured, compiled or auto", shared=True)
     if precision != "no":
         raise InputError(
             f"--step native computes in float32: leave out --precision {precision}", shared=True
         )
-    if not native.load_library():
+    library, images = native.load_library(), sharding.local_size
+    if not library:
         fault = "--step native needs a C++ 20 compiler that takes native.cpp: use eager or auto"
         raise InputError(fault, shared=True)
+    if images % library.lanes():
+        fault = f"--step native computes multiples of {library.lanes()} images, not {images}"
+        remedy = "choose another --batch_size, or eager or auto"
+        raise InputError(f"{fault} per process: {remedy}", shared=True)
 
 
 def _check_fused(config: Config, precision: str, sharding: Sharding) -> None:

@@ -25,7 +25,6 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler (g++)"),
 ]
 BATCH = 48
-HERE = {"PYTHONPATH": str(helpers.ROOT)}
 
 
 @pytest.fixture
@@ -246,26 +245,26 @@ def test_flat_sgd_is_torchs(choices):
     assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-6) for one, other in pairs)
 
 
-def test_torchs_compiler_is_not_imported(tmp_path):
+TRAIN_A_BIT = """
+import sys, torch
+from mnist_fast.config import Config
+from mnist_fast.data import ResidentFeed, Sharding
+from mnist_fast.model import build_network
+from mnist_fast.runtime import Runtime
+from mnist_fast.step import TrainingStep
+
+config, sharding = Config(precision="no", step="native"), Sharding(12, 8, False)
+images, labels = torch.zeros(12, 1, 28, 28, dtype=torch.uint8), torch.zeros(12, dtype=torch.long)
+step = TrainingStep(config, build_network("notebook"), Runtime(config), sharding)
+for batch in ResidentFeed(images, labels, sharding, 1).epoch(0):
+    step(batch, 0.1)
+sys.exit(step.mode != "native" or "torch._dynamo" in sys.modules)
+"""
+
+
+def test_torchs_compiler_is_not_imported():
     """It takes 2 s; torch's own optimisers import it."""
-    path = tmp_path / "step.py"
-    path.write_text(
-        "import sys, torch\n"
-        "from mnist_fast.config import Config\n"
-        "from mnist_fast.data import ResidentFeed, Sharding\n"
-        "from mnist_fast.model import build_network\n"
-        "from mnist_fast.runtime import Runtime\n"
-        "from mnist_fast.step import TrainingStep\n"
-        "config = Config(precision='no', step='native', batch_size=8)\n"
-        "feed = ResidentFeed(torch.zeros(12, 1, 28, 28, dtype=torch.uint8),\n"
-        "                    torch.zeros(12, dtype=torch.long), Sharding(12, 8, False), 1)\n"
-        "step = TrainingStep(config, build_network('notebook'), Runtime(config), feed.sharding)\n"
-        "for batch in feed.epoch(0):\n"
-        "    step(batch, 0.1)\n"
-        "assert step.mode == 'native'\n"
-        "sys.exit('torch._dynamo' in sys.modules)\n"
-    )
-    done = helpers.launch(sys.executable, path, cwd=helpers.ROOT, timeout=120, environment=HERE)
+    done = helpers.launch(sys.executable, "-c", TRAIN_A_BIT, cwd=helpers.ROOT, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
@@ -297,9 +296,11 @@ def test_networks_that_it_does_not_know_are_refused(layers):
         native.NativeNetwork(Network(layers))
 
 
-def test_bf16_and_machines_without_a_compiler_are_refused_in_one_line(monkeypatch):
+def test_bf16_odd_batches_and_machines_without_a_compiler_are_refused_in_one_line(monkeypatch):
     with pytest.raises(InputError, match="float32"):
         resolve_mode(Config(step="native"), "bf16", Sharding(60_000, 128, True))
+    with pytest.raises(InputError, match="not 50 per process: choose another --batch_size"):
+        resolve_mode(Config(step="native"), "no", Sharding(60_000, 100, True, world_size=2))
     monkeypatch.setattr(native, "load_library", lambda: None)
     with pytest.raises(InputError, match="compiler"):
         resolve_mode(Config(step="native"), "no", Sharding(60_000, 128, True))
