@@ -16,6 +16,11 @@ IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte") + (
 )
 
 
+def pytest_collection_modifyitems(items):
+    """What shares the costly launch comes first, so that one worker of pytest-xdist runs it all."""
+    items.sort(key=lambda item: "launched_run" not in item.fixturenames)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_of_the_users(tmp_path_factory):
     """No key, no settings of W&B or accelerate, no distributed environment is picked up."""

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train.py"
 
@@ -131,12 +133,15 @@ def read_summary(folder):
 
 
 @contextlib.contextmanager
-def single_process():
-    """Forgets accelerate's state, torch's random state and requests to stop, before and after."""
+def single_process(figures=False):
+    """Forgets accelerate's state, torch's random state and requests to stop, before and after.
+
+    Runs draw no figures unless told: that takes longer than their training.
+    """
     import torch
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    from mnist_fast import signals
+    from mnist_fast import report, signals
 
     def forget():
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -145,6 +150,8 @@ def single_process():
         signals.forget()
 
     forget()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+        if not figures:
+            patch.setattr(report, "draw_run", lambda *_: None)
         yield
     forget()

@@ -459,6 +459,7 @@ def test_the_sweep_starts_accelerate_with_valid_options(trial):
     assert sweep["metric"] == {"name": "validation_accuracy", "goal": "maximize"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_trial_of_the_sweep_runs(trial, processes, small_betons, tmp_path):
     """By accelerate as it stands; two processes on CPUs by torchrun, with the same options."""

@@ -404,7 +404,7 @@ def die_after_moves(moves: int, *arguments: object) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-@pytest.mark.parametrize("moves", [1, 2])
+@pytest.mark.parametrize("moves", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_after_kills_two_at_once_repair_the_folder(
     moves: int, prepared: Path, idx_root: Path, tmp_path: Path
 ) -> None:

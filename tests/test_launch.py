@@ -56,7 +56,7 @@ def together(small_betons, tmp_path_factory):
 
 # One launch takes 15 seconds on two idle cores; the first test of each number waits for it.
 pytestmark = pytest.mark.timeout(400)
-several = pytest.mark.parametrize("processes", [2, 3])
+several = pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 
 
 @several
@@ -121,6 +121,7 @@ def test_a_loss_that_is_not_finite_stops_both_processes_with_one_line(together):
     assert not (out / "run" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_held_out_images_are_counted_on_three_processes(together):
     _, done, out = together(3)
     assert done.returncode == 0, done.stderr
@@ -232,12 +233,11 @@ def test_without_mnist_one_message_names_files_and_alternatives(tmp_path, monkey
 # Stopping
 
 
-def test_a_stopped_run_goes_on_where_it_was(small_betons, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_where_it_was(small_betons, tmp_path):
     """SIGTERM to a real process; then the same choices again, and the same weights in the end."""
-    monkeypatch.setattr(loop.report, "draw_run", lambda *_: None)  # it takes seconds
 
     def choices(name):
-        fixed = [*helpers.QUICK, "--recipe", "notebook", "--epochs", "16", "--threads", "1"]
+        fixed = [*helpers.QUICK, "--recipe", "notebook", "--epochs", "10", "--threads", "1"]
         return [*fixed, "--data_dir", str(small_betons), "--run_dir", str(tmp_path / name)]
 
     program = [sys.executable, helpers.TRAIN, *choices("stopped")]
@@ -254,14 +254,14 @@ def test_a_stopped_run_goes_on_where_it_was(small_betons, tmp_path, monkeypatch)
     (line,) = error_lines(stderr)
     assert "stopped on request at step" in line
     assert str(tmp_path / "stopped") in line
-    assert 1 <= len(read_records(tmp_path / "stopped")) < 16
+    assert 1 <= len(read_records(tmp_path / "stopped")) < 10
     assert not (tmp_path / "stopped" / "summary.json").exists()
 
     for name in ("stopped", "through"):
         with helpers.single_process():
             loop.train(load(choices(name)))
     records = {name: read_records(tmp_path / name) for name in ("stopped", "through")}
-    assert len(records["stopped"]) == 16
+    assert len(records["stopped"]) == 10
     for one, other in zip(*records.values(), strict=True):
         for key in RECORD_KEYS - {"epoch_seconds", "images_per_second"}:
             assert one[key] == other[key], key
@@ -272,7 +272,11 @@ def test_a_stopped_run_goes_on_where_it_was(small_betons, tmp_path, monkeypatch)
         assert torch.equal(stopped[name], tensor), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)],
+    ids=lambda number: number.name,
+)
 def test_a_run_does_not_outlive_accelerate_launch(small_betons, tmp_path, number):
     """Which ends at once and hands no signal on: the run then stops as if it had got it."""
     run = tmp_path / "run"

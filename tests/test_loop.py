@@ -33,11 +33,9 @@ from mnist_fast.schedule import learning_rate
 
 
 def run(betons, folder, *options, figures=False):
-    """Trains on the digits; later options win. Figures take longer than two epochs."""
+    """Trains on the digits; later options win."""
     arguments = [*QUICK, "--data_dir", betons, "--run_dir", folder, "--epochs", 2, *options]
-    with single_process(), pytest.MonkeyPatch.context() as patch:
-        if not figures:
-            patch.setattr(loop.report, "draw_run", lambda *_: None)
+    with single_process(figures):
         return train(load([str(word) for word in arguments]))
 
 
@@ -251,7 +249,6 @@ def test_held_out_images_take_the_place_of_the_test_set(small_betons, tmp_path, 
 
 def test_new_runs_get_new_folders_named_for_the_data_set(small_betons, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop.report, "draw_run", lambda *_: None)
     for _ in range(2):
         arguments = [*QUICK, "--data_dir", str(small_betons), "--epochs", "1", "--seed", "4"]
         with single_process():
@@ -413,7 +410,7 @@ def test_an_evaluation_that_is_not_finite_ends_the_run(small_betons, tmp_path, m
 @pytest.mark.mnist
 @pytest.mark.timeout(240)
 def test_one_epoch_of_mnist_is_enough_for_97_percent(mnist_betons, tmp_path):
-    options = ("--dataset", "mnist", "--epochs", 1, "--threads", 0)
+    options = ("--dataset", "mnist", "--epochs", 1, "--threads", 0, "--step", "auto")
     summary = run(mnist_betons, tmp_path, *options)
     assert summary["test_images"] == 10_000
     assert summary["dataset"] == "mnist"

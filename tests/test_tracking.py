@@ -11,7 +11,7 @@ from helpers import QUICK, read_records, read_summary, single_process
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb_file import BLOCK, Damaged
 
-from mnist_fast import loop, tracking
+from mnist_fast import tracking
 from mnist_fast.config import load
 from mnist_fast.loop import train
 
@@ -87,8 +87,7 @@ def test_the_wandb_file_says_that_the_run_succeeded(records):
 def run(betons, folder, *options):
     """One epoch on the digits."""
     arguments = [*QUICK, "--data_dir", betons, "--run_dir", folder, "--epochs", 1, *options]
-    with single_process(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.report, "draw_run", lambda *_: None)
+    with single_process():
         return train(load([str(word) for word in arguments]))
 
 
