@@ -28,10 +28,10 @@ train: setup ## prepare the data and train, e.g. make train ARGS="--epochs 1 --s
 	.venv/bin/accelerate launch train.py --dataset auto $(ARGS)
 
 test: setup ## the quick tests
-	$(LIMIT) 1590 $(PYTHON) -m pytest -m "not slow" $(SIDE_BY_SIDE) $(ARGS)
+	$(LIMIT) 1080 $(PYTHON) -m pytest -m "not slow" $(SIDE_BY_SIDE) $(ARGS)
 
 test-slow: setup test-needs ## the others: real training to accuracy, SLURM, faults
-	$(LIMIT) 1950 $(PYTHON) -m pytest -m slow $(ARGS)
+	$(LIMIT) 2520 $(PYTHON) -m pytest -m slow $(ARGS)
 
 test-all: setup test-needs ## all tests, under an hour on two cores
 	$(LIMIT) 3540 $(PYTHON) -m pytest $(ARGS)

@@ -280,7 +280,7 @@ class NativeNetwork(Network):
     Attributes:
         lanes: images that are computed at once.
         weights: float32 (parameters,), all of them, one behind the other.
-        gradient: likewise, once there are gradients.
+        gradient: likewise, as the native code wrote it last.
     """
 
     def __init__(self, network: Network, threads: int = 1):
@@ -301,7 +301,7 @@ class NativeNetwork(Network):
 
     def hand_over_gradients(self) -> None:
         """Lets the parameters have their parts of `gradient`."""
-        if self._learned[0].grad is None:
+        if self._learned[0].grad is not self._gradients[0]:
             for parameter, gradient in zip(self._learned, self._gradients, strict=True):
                 parameter.grad = gradient
             self._layers = describe(self)

@@ -82,7 +82,7 @@ def first_state(config: Config, parameter: Tensor) -> dict[str, Tensor]:
 class FlatSGD:
     """SGD, as `torch.optim.SGD` has it, of parameters that lie in one tensor.
 
-    Torch's has more to do for many small ones, and imports torch's compiler, which takes 2 s.
+    Torch's has more to do for many small ones, and imports torch's compiler, which takes seconds.
 
     Args:
         config: momentum, Nesterov's or not, and weight decay.
@@ -99,7 +99,9 @@ class FlatSGD:
         config, weights, gradient = self.config, self.network.weights, self.network.gradient
         if config.weight_decay:
             gradient = gradient.add(weights, alpha=config.weight_decay)
-        update = self.momentum.mul_(config.momentum).add_(gradient)
+        update = gradient
+        if config.momentum:
+            update = self.momentum.mul_(config.momentum).add_(gradient)
         if config.nesterov:
             update = gradient.add(update, alpha=config.momentum)
         weights.addcmul_(update, self.rate, value=-1)
@@ -152,7 +154,7 @@ def _check_native(precision: str, on_gpu: bool, sharding: Sharding) -> None:
     if images % library.lanes():
         fault = f"--step native computes multiples of {library.lanes()} images, not {images}"
         remedy = "choose another --batch_size, or eager or auto"
-        raise InputError(f"{fault} per process: {remedy}", shared=True)
+        raise InputError(f"{fault} per process: {remedy}")  # another node may have other lanes
 
 
 def _check_fused(config: Config, precision: str, sharding: Sharding) -> None:
@@ -246,6 +248,7 @@ class TrainingStep:
     Attributes:
         network: the bare network, on the device.
         averaged: its exponential moving average, or None.
+        optimizer: torch's, where it is that which takes the steps; else None.
         totals: float64 (3,) on the device: sum of losses, correct predictions and images of this
             process since `reset_totals`. Reading it is the only thing that waits for the device.
     """
@@ -285,7 +288,7 @@ class TrainingStep:
             kernel = fused.load_kernel(config.network, config.dropout, sharding.local_size)
             self._fused = fused.FusedStep(config, network, kernel, self.totals)
         self._forward_network: nn.Module = network
-        self.optimizer: torch.optim.Optimizer | None = None  # where it is one of torch's kind
+        self.optimizer: torch.optim.Optimizer | None = None
         self._kept = self._set_up_optimizer()
         self._augmented, self._augment_key, self._dropout_key = True, 0, 0
         self._captured: dict[bool, CapturedStep] = {}  # by whether images are augmented

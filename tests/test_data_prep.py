@@ -430,7 +430,7 @@ def test_after_kills_two_at_once_repair_the_folder(
     assert check(out) == load_manifest(prepared)
 
 
-@pytest.mark.parametrize("moves", [0, 1, 2])
+@pytest.mark.parametrize("moves", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_stop_between_renames_leaves_nothing(
     moves: int, idx_root: Path, tmp_path: Path, monkeypatch
 ) -> None:
@@ -496,7 +496,7 @@ def test_other_betons_beside_a_killed_run_are_left_alone(
     assert (tmp_path / ".staging-old" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("damage", ["", "cut", "flipped"])
+@pytest.mark.parametrize("damage", ["", "cut", pytest.param("flipped", marks=pytest.mark.slow)])
 def test_a_damaged_manifest_is_written_anew(
     damage: str, out: Path, prepared: Path, idx_root: Path
 ) -> None:

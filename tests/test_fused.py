@@ -395,7 +395,8 @@ def hopper(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["notebook", pytest.param("record", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
 def test_it_compiles_for_gpus_once(hopper, monkeypatch, name):
     text = fused.prelude(build_network(name, 0.1), 128) + fused.SOURCE.read_text()
     code = fused.compile_source(text)

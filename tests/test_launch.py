@@ -174,6 +174,7 @@ def test_auto_trains_on_the_digits_and_says_so_everywhere(launched_run):
     assert (launched_run[0] / "data" / "betons" / "digits" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_accelerate_launch_with_the_configuration_file(small_betons, tmp_path):
     """One process per GPU, or per CPU on a small machine without one; bf16."""
     cpus = len(os.sched_getaffinity(0))
@@ -233,6 +234,7 @@ def test_without_mnist_one_message_names_files_and_alternatives(tmp_path, monkey
 # Stopping
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_where_it_was(small_betons, tmp_path):
     """SIGTERM to a real process; then the same choices again, and the same weights in the end."""
 

@@ -62,7 +62,13 @@ def train_alone(config):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"ema_decay": 0.5, "network": "record", "drop_last": True, "plain_epochs": 0}],
+    [
+        {},
+        pytest.param(
+            {"ema_decay": 0.5, "network": "record", "drop_last": True, "plain_epochs": 0},
+            marks=pytest.mark.slow,
+        ),
+    ],
     ids=["notebook", "record-ema"],
 )
 def test_side_by_side_equals_single_runs(changes, small_betons, in_process, tmp_path):

@@ -253,8 +253,8 @@ from mnist_fast.model import build_network
 from mnist_fast.runtime import Runtime
 from mnist_fast.step import TrainingStep
 
-config, sharding = Config(precision="no", step="native"), Sharding(12, 8, False)
-images, labels = torch.zeros(12, 1, 28, 28, dtype=torch.uint8), torch.zeros(12, dtype=torch.long)
+config, sharding = Config(precision="no", step="native"), Sharding(20, 16, False)
+images, labels = torch.zeros(20, 1, 28, 28, dtype=torch.uint8), torch.zeros(20, dtype=torch.long)
 step = TrainingStep(config, build_network("notebook"), Runtime(config), sharding)
 for batch in ResidentFeed(images, labels, sharding, 1).epoch(0):
     step(batch, 0.1)

@@ -97,7 +97,7 @@ def colours_in(path):
 # Pictures
 
 
-@pytest.mark.parametrize("wrong", [0, 30])
+@pytest.mark.parametrize("wrong", [pytest.param(0, marks=pytest.mark.slow), 30])
 def test_every_figure_is_drawn_and_shows_something(tmp_path, wrong):
     samples = torch.randint(256, (2, 32, 28, 28), dtype=torch.uint8)
     records = make_records([98.0, 99.1, 99.5])
