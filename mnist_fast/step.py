@@ -317,8 +317,7 @@ class TrainingStep:
             self._take_step, momenta = sgd.step, native.views(sgd.momentum, self._learned)
         else:
             return self._set_up_torchs_optimizer()
-        keeps = self.config.momentum or self.config.optimizer == "muon"
-        return [{"momentum_buffer": momentum} if keeps else {} for momentum in momenta]
+        return [dict.fromkeys(first_state(self.config, room), room) for room in momenta]
 
     def _set_up_torchs_optimizer(self) -> list[dict[str, Tensor]]:
         """The same, with what the first step would create there already."""
@@ -387,7 +386,7 @@ class TrainingStep:
         self._average()
 
     def _reset_gradients(self) -> None:
-        """Before the backward pass, not behind the step: `gradient_norm` reads the last ones."""
+        """Called before a backward pass, not behind a step: `gradient_norm` reads the last ones."""
         if self._native is not None:
             self._native.hand_over_gradients()
             self._native.gradient.zero_()
@@ -456,8 +455,7 @@ class TrainingStep:
                         self._captured[self._augmented] = CapturedStep(
                             self._train, example, self.network, self.graph_type
                         )
-        for parameter in self._learned:
-            parameter.grad = None
+        self._reset_gradients()
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:

@@ -508,7 +508,9 @@ def same_weights(one, other):
     return ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
 
 
-@pytest.mark.parametrize("step", [1, 12, pytest.param(13, marks=pytest.mark.slow), 36])
+@pytest.mark.parametrize(
+    "step", [1, 12, 36, *(pytest.param(step, marks=pytest.mark.slow) for step in (7, 13))]
+)
 def test_a_stopped_run_ends_with_the_same_bits(uninterrupted, small_betons, tmp_path, step):
     with pytest.raises(Stopped, match=f"at step {step}"):
         run(tmp_path, small_betons, stop_at=step)
