@@ -447,6 +447,8 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 1.2 + 0.28 * len(rows)), layout="constrained")
     axes.barh(names, medians, xerr=spans, color=colours, ecolor="black", capsize=2)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("seconds per epoch (bar: median, whisker: range)")
     axes.set_title(title)
     figure.savefig(path, dpi=120)
