@@ -137,6 +137,8 @@ class Search:
         if choices.epochs is not None:
             self.rest += ["--epochs", str(choices.epochs)]
         self.base = self.experiment({}).config  # bad options are refused here
+        if self.base.dataset == "digits":
+            raise InputError(f"digits has no {VALIDATION:,} images to hold out: search on mnist")
         given = {word.split("=")[0].removeprefix("--") for word in self.rest}
         space = build_space(choices.space)
         pairs = {"scale": "scale_max", "jitter": "brightness"}

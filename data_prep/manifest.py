@@ -104,6 +104,8 @@ def load_manifest(folder: Path) -> Manifest:
         named = re.search(rb'"dataset": "(mnist|digits)"', content)
         dataset = named.group(1).decode() if named else None
         how = remedy(folder, dataset, b'"published": false' not in content)
+        if is_foreign(folder):  # data_prep would leave it as it is
+            how = f"move it away, and {how}"
         raise InputError(f"{path} is not a valid manifest ({error}): {how}") from None
 
 
@@ -161,11 +163,12 @@ def remedy(folder: Path, dataset: str | None = None, published: bool = True) -> 
         dataset: what they hold; None where that is not known, and the folder's name may say it.
         published: whether they were written from the published files.
     """
-    dataset = dataset or (folder.name if folder.name in DATASETS else "DATASET")
+    dataset = dataset or (folder.name if folder.name in DATASETS else "NAME")
+    choices = "" if dataset in DATASETS else f", NAME being {' or '.join(DATASETS)},"
     source = "" if published else " --source ROOT"
     whence = "" if published else " from the same files"
     command = f"python -m data_prep --dataset {dataset}{source} --out {folder}"
-    return f"run `{command}` to write it anew{whence}"
+    return f"run `{command}`{choices} to write it anew{whence}"
 
 
 def _manifest(document: Any) -> Manifest:

@@ -119,6 +119,14 @@ def sort_header(content: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + content[start:]
 
 
+def digest(tensors: dict[str, Tensor]) -> str:
+    """Checksum of tensors on the CPU: sha256 over their bytes, in the order of their names."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(tensors[name].contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until the disk has a folder's entries, where the file system can do that."""
     descriptor = os.open(folder, os.O_RDONLY)

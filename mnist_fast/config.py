@@ -158,7 +158,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "step_epochs": (1, 100_000),
     "step_gamma": (0, 1),
     "warmup_fraction": (0, 1),
-    "momentum": (0, 1),
+    "momentum": (0, 0.999999),
     "beta2": (0, 0.999999),
     "weight_decay": (0, 1),
     "dropout": (0, 0.9),
@@ -300,6 +300,8 @@ def _checked(parser: Any, where: str, layer: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"{where}: unknown key '{key}'; see train.py --help")
         if value is None and fields[key].default is not None:  # the parser would take it
             raise InputError(f"{where}: {key} has no value")
+    if layer.get("precision") is False:  # YAML's reading of an unquoted no
+        layer = layer | {"precision": "no"}
     try:
         checked = parser.parse_object(layer, defaults=False).as_dict()
     except ArgumentError as error:

@@ -1,6 +1,7 @@
 """The ways a run ends that are not success: bad input (exit 2) and everything else (exit 1)."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -79,7 +80,12 @@ def report_error(error: _OneLineError | Stopped, program: str) -> int:
 
 
 def run_main(main: Callable[[], int], program: str) -> int:
-    """Calls `main` and returns the exit status; the errors above show no traceback."""
+    """Calls `main` and returns the exit status; the errors above show no traceback.
+
+    What a terminal's encoding lacks, for instance of a file's name, is printed as an escape.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so anyway
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main()
     except (InputError, RunError, Stopped) as error:

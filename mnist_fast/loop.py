@@ -393,6 +393,7 @@ class Training:
         for reason in skipped:
             self.say(f"skipped a checkpoint: {reason}")
         if skipped and not found:
+            check_unused(self.folder, self.config)
             self.say("no checkpoint is valid: starting from the beginning")
         return found
 
@@ -401,6 +402,7 @@ class Training:
         if self.runtime.is_main:
             weights = _on_cpu(self.step.best_network().state_dict())
             details = {"network": self.config.network, "dataset": self.dataset}
+            details["sha256"] = checkpoint.digest(weights)
             temporary = self.folder / ".weights.safetensors"
             content = safetensors.torch.save(weights, metadata=details)
             checkpoint.write_durably(temporary, checkpoint.sort_header(content))

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 
+from mnist_fast.checkpoint import digest
 from mnist_fast.errors import InputError, Parser, RunError, run_main, some_path, some_text
 from mnist_fast.evaluate import predict
 from mnist_fast.files import drop_output, read_file
@@ -53,7 +54,7 @@ def load_network(weights: Path) -> tuple[Network, dict[str, str]]:
         weights: a `weights.safetensors`, or the folder of a run that holds one.
 
     Raises:
-        InputError: the file is missing, truncated, not safetensors, or of another network.
+        InputError: the file is missing, damaged, not safetensors, or of another network.
     """
     path = weights / "weights.safetensors" if os.path.isdir(weights) else weights
     try:
@@ -76,6 +77,8 @@ def load_network(weights: Path) -> tuple[Network, dict[str, str]]:
     except RuntimeError as error:  # torch's message names every tensor
         fault = f"{path}: not the weights of the network {name} that it says it holds"
         raise InputError(f"{fault}: name another run") from error
+    if details.get("sha256") not in (None, digest(tensors)):
+        raise InputError(f"{path}: damaged, its checksum differs: name another run")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise InputError(f"{path}: holds a weight that is not a finite number")
     return network.eval(), details

@@ -64,7 +64,8 @@ def lock(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        raise InputError(f"{folder}: {error.strerror}: choose another --run_dir") from error
+        where = error.filename or folder
+        raise InputError(f"{where}: {error.strerror}: choose another --run_dir") from error
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

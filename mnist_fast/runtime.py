@@ -274,11 +274,13 @@ def resolve_precision(wanted: str, fuses: bool = False) -> str:
         fuses: whether there will be fused steps.
 
     Raises:
-        InputError: fp16 without a GPU.
+        InputError: fp16 without a GPU, or a precision of the launcher's that is none of these.
     """
     if wanted == "auto":
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        wanted = launched if launched in ("bf16", "fp16") else "no"
+        wanted = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+        if wanted not in ("no", "bf16", "fp16"):
+            fault = f"ACCELERATE_MIXED_PRECISION is {wanted}, from the launcher"
+            raise InputError(f"{fault}: use --mixed_precision bf16, fp16 or no there")
         if wanted == "no" and has_bf16() and not fuses:
             wanted = "bf16"
     if wanted == "fp16" and not torch.cuda.is_available():

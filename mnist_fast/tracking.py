@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import secrets
+import shlex
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -204,7 +205,8 @@ class Tracker:
             return
         self._wandb = wandb
         if attempt == "offline":
-            self._say(f"W&B is offline; upload later: wandb sync {Path(self._run.dir).parent}")
+            folder = shlex.quote(str(Path(self._run.dir).parent))
+            self._say(f"W&B is offline; upload later: wandb sync {folder}")
         else:
             self._say(f"W&B shows this run at {self._run.url}")
 

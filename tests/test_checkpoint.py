@@ -559,6 +559,18 @@ def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
     assert not checkpoint.load_newest(folder / "checkpoints")[1]
 
 
+def test_nothing_is_promised_before_another_training_is_refused(
+    uninterrupted, small_betons, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    for path in checkpoint.newest_first(folder / "checkpoints"):
+        (path / checkpoint.TENSORS).write_bytes(b"")
+    with pytest.raises(InputError, match="holds a run with seed 1"):
+        run(folder, small_betons, seed=2)
+    assert "starting from the beginning" not in capsys.readouterr().out
+
+
 def test_another_training_is_refused_in_a_run_folder(uninterrupted, small_betons, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)

@@ -89,6 +89,10 @@ def test_the_resolved_choices_come_back_through_config(tmp_path):
     assert list(yaml.safe_load((tmp_path / "config.yaml").read_text())) == list(FIELDS)
 
 
+def test_a_precision_of_no_needs_no_quotes(write):
+    assert load(["--config", write("precision: no")]).precision == "no"
+
+
 def test_numbers_may_be_written_as_people_write_them(write):
     assert load(["--config", write("learning_rate: 1e-3\nrotation: 7\n")]).learning_rate == 1e-3
     assert isinstance(load(["--rotation", "7"]).rotation, float)

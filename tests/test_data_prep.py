@@ -611,8 +611,18 @@ def test_the_remedy_names_the_command_that_wrote_it(prepared: Path, tmp_path: Pa
     (tmp_path / "digits").mkdir()
     with pytest.raises(InputError, match=r"--dataset digits --out .*digits` to write it anew$"):
         load_manifest(tmp_path / "digits")
-    with pytest.raises(InputError, match=r"--dataset DATASET --out"):
+    with pytest.raises(InputError, match=r"--dataset NAME --out .*`, NAME being mnist or digits,"):
         load_manifest(tmp_path / "nothing")
+
+
+def test_the_remedy_for_a_foreign_manifest_works(tmp_path: Path) -> None:
+    out = tmp_path / "digits"
+    out.mkdir()
+    (out / "manifest.json").write_text("garbage")
+    with pytest.raises(InputError, match=r"move it away, and run `.*--dataset digits --out"):
+        load_manifest(out)
+    (out / "manifest.json").rename(tmp_path / "away.json")
+    assert run("--dataset", "digits", "--out", out) == 0
 
 
 def test_manifest_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

@@ -342,6 +342,9 @@ def test_auto_precision_is_float32_where_steps_are_fused(large_gpu, monkeypatch)
     assert resolve_precision("auto", fuses=False) == "bf16"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert resolve_precision("auto", fuses=True) == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(InputError, match="is fp8, from the launcher: use --mixed_precision bf16"):
+        resolve_precision("auto")
 
 
 @pytest.mark.parametrize(("told", "fuses"), [("1", True), ("0", True), ("2", False)])

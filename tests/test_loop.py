@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from data_prep.sources import load_digits
+from mnist_fast import checkpoint, loop
 from mnist_fast import config as config_module
-from mnist_fast import loop
 from mnist_fast.augment import augment, derive_key
 from mnist_fast.config import load
 from mnist_fast.data import epoch_order
@@ -141,7 +141,9 @@ def test_the_weights_alone_give_the_accuracy(finished):
     assert 100 * hits / 360 == summary["test_accuracy"]
     assert F.nll_loss(scores, labels).item() == pytest.approx(summary["test_loss"], rel=1e-4)
     with safe_open(folder / "weights.safetensors", "pt") as file:
-        assert file.metadata() == {"network": "notebook", "dataset": "digits"}
+        checksum = checkpoint.digest(weights_of(folder))
+        expected = {"network": "notebook", "dataset": "digits", "sha256": checksum}
+        assert file.metadata() == expected
 
 
 def test_the_resolved_configuration_lies_with_the_run(finished):

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from data_prep.sources import load_digits
 from mnist_fast import predict as module
+from mnist_fast.checkpoint import digest
 from mnist_fast.errors import InputError, run_main
 from mnist_fast.model import build_network
 from mnist_fast.predict import ImageError, classify, find_sources, load_network, read_image
@@ -234,6 +235,14 @@ def of_another_network(path):
     save_file(build_network("record").state_dict(), path, metadata={"network": "notebook"})
 
 
+def damaged(path):
+    state = build_network().state_dict()
+    save_file(state, path, metadata={"network": "notebook", "sha256": digest(state)})
+    content = bytearray(path.read_bytes())
+    content[20_000] ^= 1
+    path.write_bytes(content)
+
+
 def not_finite(path):
     state = build_network().state_dict()
     next(iter(state.values())).fill_(float("nan"))
@@ -246,6 +255,7 @@ def not_finite(path):
         (pickled, "not a whole safetensors file"),
         (truncated, "not a whole safetensors file"),
         (of_another_network, "not the weights of the network notebook"),
+        (damaged, "its checksum differs"),
         (not_finite, "not a finite number"),
         (lambda path: save_file({"x": torch.zeros(1)}, path), "no weights of one of the networks"),
         (lambda path: path.write_bytes(b""), "not a whole safetensors file"),
@@ -277,7 +287,7 @@ def test_weights_that_give_no_number_are_an_error(tmp_path, capsys):
 PROGRAM = (sys.executable, "-W", "ignore", "-m", "mnist_fast.predict")
 
 
-def command(*arguments, given=b"", cwd):
+def command(*arguments, given=b"", cwd, **environment):
     """`python -m mnist_fast.predict`: exit status, output and error lines."""
     done = subprocess.run(
         [*PROGRAM, *map(str, arguments)],
@@ -285,9 +295,16 @@ def command(*arguments, given=b"", cwd):
         capture_output=True,
         timeout=100,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(helpers.ROOT)},
+        env={**os.environ, "PYTHONPATH": str(helpers.ROOT), **environment},
     )
     return done.returncode, done.stdout.decode(), done.stderr.decode().splitlines()
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(weights, tmp_path):
+    (tmp_path / "größe.png").write_bytes(encoded(seven()))
+    status, output, errors = command(weights, "größe.png", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert (status, errors) == (0, [])
+    assert output.startswith(r"gr\xf6\xdfe.png")
 
 
 def test_the_command_reads_names_from_standard_input_and_gives_json(weights, tmp_path):

@@ -255,6 +255,7 @@ def test_an_interrupted_trial_is_taken_up_again(run_search, monkeypatch):
         (("--trials", "abc"), "--trials: invalid int value: 'abc'"),
         (("--seeds_per_trial", "0"), "--seeds_per_trial is 0: "),
         (("--seed", "1"), "--seed is chosen here"),
+        (("--dataset", "digits"), "digits has no 5,000 images to hold out"),
     ],
 )
 def test_mistakes_are_one_line(options, message, run_search, tmp_path, monkeypatch, capfd):
