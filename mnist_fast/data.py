@@ -106,6 +106,19 @@ class Sharding:
         return first + start, first + stop, size
 
 
+def keep_for_training(total: int, held_out: int) -> int:
+    """Training images that are left when some are held out.
+
+    Raises:
+        InputError: fewer than 2 are, which BatchNorm needs.
+    """
+    kept = total - held_out
+    if kept < 2:
+        fault = f"validation_split {held_out} leaves {max(0, kept)} of {total} training images"
+        raise InputError(f"{fault}: hold out fewer", shared=True)
+    return kept
+
+
 def share(size: int, rank: int, world_size: int) -> tuple[int, int]:
     """Start and stop of a process's contiguous share of `size`; shares differ by at most 1."""
     return size * rank // world_size, size * (rank + 1) // world_size

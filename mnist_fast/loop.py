@@ -24,7 +24,7 @@ from mnist_fast import checkpoint, files, profiling, progress, report, run_folde
 from mnist_fast.augment import MEAN, SD, augment, derive_key
 from mnist_fast.checkpoint import Checkpoint
 from mnist_fast.config import Config, read_yaml
-from mnist_fast.data import ResidentFeed, Sharding, StreamFeed, read_all, share
+from mnist_fast.data import ResidentFeed, Sharding, StreamFeed, keep_for_training, read_all, share
 from mnist_fast.errors import InputError, RunError, Stopped
 from mnist_fast.evaluate import Evaluation, evaluate, inspect
 from mnist_fast.model import build_network, count_parameters, layer_table
@@ -73,11 +73,9 @@ class Training:
         config, runtime = self.config, self.runtime
         held_out = config.validation_split
         total = self.manifest.train.samples
-        if held_out >= total:
-            fault = f"validation_split {held_out} leaves none of {total} training images"
-            raise InputError(f"{fault}: hold out fewer")
+        kept = keep_for_training(total, held_out)
         sharding = Sharding(
-            total - held_out, config.batch_size, config.drop_last, runtime.rank, runtime.world_size
+            kept, config.batch_size, config.drop_last, runtime.rank, runtime.world_size
         )
         train_path = self.betons / self.manifest.train.file
         feed: ResidentFeed | StreamFeed
@@ -87,7 +85,7 @@ class Training:
         else:
             feed = StreamFeed(train_path, sharding, config.seed, runtime.device)
         if held_out:  # the test images are not even opened
-            path, first, count = train_path, total - held_out, held_out
+            path, first, count = train_path, kept, held_out
         else:
             test = self.manifest.test
             path, first, count = self.betons / test.file, 0, test.samples

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mnist_fast.augment import augment, derive_key, normalise, scale_pixels
 from mnist_fast.config import Config
-from mnist_fast.data import ResidentFeed, Sharding, epoch_order, read_all
+from mnist_fast.data import ResidentFeed, Sharding, epoch_order, keep_for_training, read_all
 from mnist_fast.errors import InputError, RunError
 from mnist_fast.evaluate import BATCH, evaluate
 from mnist_fast.loop import git_commit, open_betons, versions
@@ -423,12 +423,11 @@ def read_data(config: Config, runtime: Runtime) -> tuple[Pair, Pair, str]:
     """Training and evaluation images on the device, and the data set's name."""
     manifest, folder = open_betons(config, runtime)
     total, held_out = manifest.train.samples, config.validation_split
-    if held_out >= total:
-        raise InputError(f"validation_split {held_out} leaves none of {total} training images")
+    kept = keep_for_training(total, held_out)
     file, rows = manifest.test.file, range(manifest.test.samples)
     if held_out:  # the test images are not even opened
-        file, rows = manifest.train.file, range(total - held_out, total)
-    train = read_all(folder / manifest.train.file, range(total - held_out), runtime.device)
+        file, rows = manifest.train.file, range(kept, total)
+    train = read_all(folder / manifest.train.file, range(kept), runtime.device)
     return train, read_all(folder / file, rows, runtime.device), manifest.dataset
 
 
