@@ -104,7 +104,7 @@ def load_manifest(folder: Path) -> Manifest:
         named = re.search(rb'"dataset": "(mnist|digits)"', content)
         dataset = named.group(1).decode() if named else None
         how = remedy(folder, dataset, b'"published": false' not in content)
-        if is_foreign(folder):  # data_prep would leave it as it is
+        if not _may_be_ours(content):  # data_prep would leave it as it is
             how = f"move it away, and {how}"
         raise InputError(f"{path} is not a valid manifest ({error}): {how}") from None
 
@@ -117,8 +117,12 @@ def is_foreign(folder: Path) -> bool:
         return False
     except OSError:  # a pipe, a folder, not readable: leave it alone
         return True
+    return not _may_be_ours(content)
+
+
+def _may_be_ours(content: bytes) -> bool:
     keys = (b'"format"', b'"image_shape"', b'"source_checksums"')
-    return content != b"" and not any(key in content for key in keys)
+    return content == b"" or any(key in content for key in keys)
 
 
 def check(folder: Path) -> Manifest:

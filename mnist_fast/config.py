@@ -211,7 +211,14 @@ def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
     return loader.construct_yaml_int(node)
 
 
+def _truth(loader: _Loader, node: yaml.ScalarNode) -> bool | str:
+    if node.value.lower() in ("true", "false"):
+        return loader.construct_yaml_bool(node)
+    return node.value  # no is a precision, too; where a truth value is due, the parser reads it
+
+
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:bool", _truth)
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
@@ -300,8 +307,6 @@ def _checked(parser: Any, where: str, layer: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"{where}: unknown key '{key}'; see train.py --help")
         if value is None and fields[key].default is not None:  # the parser would take it
             raise InputError(f"{where}: {key} has no value")
-    if layer.get("precision") is False:  # YAML's reading of an unquoted no
-        layer = layer | {"precision": "no"}
     try:
         checked = parser.parse_object(layer, defaults=False).as_dict()
     except ArgumentError as error:

@@ -82,7 +82,7 @@ def report_error(error: _OneLineError | Stopped, program: str) -> int:
 def run_main(main: Callable[[], int], program: str) -> int:
     """Calls `main` and returns the exit status; the errors above show no traceback.
 
-    What a terminal's encoding lacks, for instance of a file's name, is printed as an escape.
+    Characters that standard output's encoding lacks, as in a file's name, are printed as escapes.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so anyway
         sys.stdout.reconfigure(errors="backslashreplace")

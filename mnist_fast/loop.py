@@ -366,34 +366,34 @@ class Training:
         return found.state["wandb_id"]
 
     def _find_checkpoint(self) -> Checkpoint | None:
-        found, wanted = self._choose_checkpoint(), self.config.resume
+        wanted = self.config.resume
+        found, skipped = self._choose_checkpoint()
+        for reason in skipped:
+            self.say(f"skipped a checkpoint: {reason}")
         elsewhere = wanted not in ("auto", "never") and (
             self.folder.resolve() not in Path(wanted).resolve().parents
         )
         if found is None or elsewhere:
             check_unused(self.folder, self.config)
+        if skipped and not found:
+            self.say("no checkpoint is valid: starting from the beginning")
         return found
 
-    def _choose_checkpoint(self) -> Checkpoint | None:
+    def _choose_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
+        """The checkpoint to go on from, and why newer ones are not taken."""
         wanted, folder = self.config.resume, self.folder / "checkpoints"
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: not a folder: move it away, or choose another --run_dir")
         if wanted not in ("auto", "never"):
             try:
-                return checkpoint.load(Path(wanted))
+                return checkpoint.load(Path(wanted)), []
             except checkpoint.CorruptCheckpointError as error:
                 raise InputError(f"--resume: {error}: name a checkpoint's folder") from error
         if wanted == "never":
             if checkpoint.newest_first(folder):
                 raise InputError(f"{self.folder} holds a run: choose another --run_dir or --resume")
-            return None
-        found, skipped = checkpoint.load_newest(folder)
-        for reason in skipped:
-            self.say(f"skipped a checkpoint: {reason}")
-        if skipped and not found:
-            check_unused(self.folder, self.config)
-            self.say("no checkpoint is valid: starting from the beginning")
-        return found
+            return None, []
+        return checkpoint.load_newest(folder)
 
     def save_weights(self) -> None:
         """Writes the final weights as `weights.safetensors`."""

@@ -89,8 +89,9 @@ def test_the_resolved_choices_come_back_through_config(tmp_path):
     assert list(yaml.safe_load((tmp_path / "config.yaml").read_text())) == list(FIELDS)
 
 
-def test_a_precision_of_no_needs_no_quotes(write):
-    assert load(["--config", write("precision: no")]).precision == "no"
+def test_no_is_a_precision_and_a_truth_value(write):
+    config = load(["--config", write("precision: no\nnesterov: no\nprofile: yes")])
+    assert (config.precision, config.nesterov, config.profile) == ("no", False, True)
 
 
 def test_numbers_may_be_written_as_people_write_them(write):
