@@ -4,7 +4,7 @@ import sys
 
 from mnist_fast import signals
 from mnist_fast.errors import InputError, run_main
-from scripts.preflight import LIBRARIES, missing_libraries
+from mnist_fast.preflight import LIBRARIES, missing_libraries
 
 
 def main() -> int:
@@ -12,7 +12,7 @@ def main() -> int:
     needed = [name for name in LIBRARIES if name != "wandb"]  # a run goes on without it
     for fault in missing_libraries(needed, quick=True):
         raise InputError(fault)
-    from mnist_fast.config import load
+    from mnist_fast.cli import load
 
     config = load()
     from mnist_fast.loop import train  # after bad usage was refused: its imports take seconds

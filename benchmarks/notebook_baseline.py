@@ -121,7 +121,7 @@ class Baseline:
 
 def main() -> int:
     """Measures the baseline alone."""
-    from throughput import load_images
+    from benchmarks.throughput import load_images
 
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=count, default=50, help="measured steps (default: 50)")

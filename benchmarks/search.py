@@ -22,15 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import optuna
 import yaml
+from sqlalchemy.exc import SQLAlchemyError
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import optuna  # noqa: E402
-from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
-
-from benchmarks.seeds import (  # noqa: E402
+from benchmarks.seeds import (
     Experiment,
     Job,
     check,
@@ -40,10 +36,12 @@ from benchmarks.seeds import (  # noqa: E402
     read_curve,
     train_seeds,
 )
-from mnist_fast import signals  # noqa: E402
-from mnist_fast.config import Config  # noqa: E402
-from mnist_fast.errors import InputError, Parser, RunError, Stopped, run_main  # noqa: E402
-from mnist_fast.run_folder import make_writable  # noqa: E402
+from mnist_fast import signals
+from mnist_fast.config import Config
+from mnist_fast.errors import InputError, Parser, RunError, Stopped, run_main
+from mnist_fast.run_folder import make_writable
+
+ROOT = Path(__file__).resolve().parent.parent
 
 VALIDATION = 5_000  # images held out in every trial
 KEY = "validation_accuracy"
@@ -144,8 +142,8 @@ class Search:
         pairs = {"scale": "scale_max", "jitter": "brightness"}
         self.space = {k: v for k, v in space.items() if pairs.get(k, k) not in given}
         self.seeds = range(choices.first, choices.first + choices.seeds_per_trial)
-        wanted = choices.side_by_side
-        self.side_by_side = wanted == "true" or (wanted == "auto" and count_gpus() == 1)
+        wanted = choices.one_program
+        self.in_one = wanted == "true" or (wanted == "auto" and count_gpus() == 1)
         self.deadline = time.monotonic() + choices.time_limit
         self.failures: list[InputError | RunError] = []  # of the last trials, in a row
 
@@ -163,7 +161,7 @@ class Search:
         try:
             experiment = self.experiment(values)
             watch = self.watcher(trial, experiment)
-            train_seeds(experiment, self.seeds, self.side_by_side, choices, watch)
+            train_seeds(experiment, self.seeds, self.in_one, choices, watch)
             summaries = [experiment.summary(seed) or {} for seed in self.seeds]
         except (Stopped, KeyboardInterrupt) as request:  # taken up again first another time
             trial.study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -209,12 +207,7 @@ class Search:
 
     def watcher(self, trial: optuna.Trial, experiment: Experiment) -> Callable[[Job], None]:
         """Reports each epoch's mean over the seeds that start together; gives up bad trials."""
-        from mnist_fast.many import fuses
-
-        if self.side_by_side:  # where steps are fused, the others follow the first
-            started = 1 if fuses(experiment.config) else len(self.seeds)
-        else:
-            started = count_gpus() or len(cpu_slots(self.choices.parallel))
+        started = 1 if self.in_one else count_gpus() or len(cpu_slots(self.choices.parallel))
         first = list(self.seeds)[:started]
         told: set[int] = set()
 
@@ -320,8 +313,7 @@ def build_parser() -> Parser:
     add("--study", help="name of the study (default: the space's)")
     add("--pruner", choices=["median", "halving", "none"], default="median", help="%(default)s")
     add("--sampler_seed", type=int, help="seed of the sampler (default: a new one)")
-    add("--side_by_side", choices=["auto", "true", "false"], default="auto", help="see seeds.py")
-    add("--group", type=int, default=32, help="seeds in one such program (%(default)s)")
+    add("--one_program", choices=["auto", "true", "false"], default="auto", help="see seeds.py")
     add("--parallel", type=int, help="runs at a time on a CPU (default: one per core)")
     add("--seed_timeout", type=float, default=7200.0, help="seconds for a run (%(default)s)")
     add("--time_limit", type=float, default=86400.0, help="seconds for all of it (%(default)s)")

@@ -5,9 +5,9 @@
 
 Other options are handed on to train.py. Seeds that are finished are not trained again, and one
 that was cut short goes on from its checkpoint. On a CPU as many seeds are trained at a time as
-there are cores, each on one thread; on several GPUs one seed per GPU; on one GPU all of them in one
-program (--side_by_side): where steps are fused one after another, elsewhere side by side. Results:
-a table, benchmarks/results/seeds-NAME.json and a figure beside it.
+there are cores, each on one thread; on several GPUs one seed per GPU; on one GPU all of them one
+after another in one program (--one_program). Results: a table, benchmarks/results/seeds-NAME.json
+and a figure beside it.
 """
 
 import argparse
@@ -24,18 +24,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import records
+from mnist_fast import signals
+from mnist_fast.cli import load
+from mnist_fast.config import Config, what_is_trained
+from mnist_fast.errors import InputError, Parser, RunError, Stopped, run_main
+from mnist_fast.records import accuracy_in, split_in
+from mnist_fast.run_folder import make_writable
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import records  # noqa: E402
-from mnist_fast import signals  # noqa: E402
-from mnist_fast.config import Config, load  # noqa: E402
-from mnist_fast.errors import InputError, Parser, RunError, Stopped, run_main  # noqa: E402
-from mnist_fast.run_folder import make_writable  # noqa: E402
-
-# choices that do not change what is learned, beside W&B's
-ASIDE = {"seed", "data_dir", "run_dir", "resume", "process_timeout", "checkpoint_every"}
-ASIDE |= {"threads", "profile"}
 
 
 @dataclasses.dataclass
@@ -213,22 +210,16 @@ def open_experiment(options: Sequence[str], runs: Path, prefix: str = "") -> Exp
     config = load(options)
     if not any(word.split("=")[0] == "--wandb" for word in options):
         options = [*options, "--wandb", "disabled"]
-    key = json.dumps(what_is_learned(config))
+    key = json.dumps(what_is_trained(config.as_dict()))
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     folder = runs / f"{prefix}{config.recipe}-{digest}"
     return Experiment(config, list(options), folder.resolve())
 
 
-def what_is_learned(config: Config) -> dict[str, Any]:
-    """The choices that the result depends on; none of them is a path."""
-    named = config.as_dict().items()
-    return {k: v for k, v in named if k not in ASIDE and not k.startswith("wandb")}
-
-
 def train_seeds(
     experiment: Experiment,
     seeds: Sequence[int],
-    side_by_side: bool,
+    in_one: bool,
     choices: argparse.Namespace,
     watch: Callable[[Job], None] | None = None,
 ) -> None:
@@ -237,8 +228,8 @@ def train_seeds(
     Args:
         experiment: what is trained.
         seeds: all that are wanted.
-        side_by_side: whether one program trains them all.
-        choices: parallel, group, seed_timeout and time_limit, as `build_parser` names them.
+        in_one: whether one program trains them all.
+        choices: parallel, seed_timeout and time_limit, as `build_parser` names them.
         watch: see `run_jobs`; by default finished seeds are told.
 
     Raises:
@@ -248,10 +239,8 @@ def train_seeds(
     """
     missing = [seed for seed in seeds if experiment.summary(seed) is None]
     gpus = count_gpus()
-    if side_by_side:
-        size = choices.group
-        groups = [missing[start : start + size] for start in range(0, len(missing), size)]
-        jobs = [experiment.together(group, choices.seed_timeout) for group in groups]
+    if in_one:
+        jobs = [experiment.together(missing, choices.seed_timeout)] if missing else []
         slots = gpu_slots(gpus) if gpus else cpu_slots(1)
     else:
         jobs = [experiment.single(seed, choices.seed_timeout) for seed in missing]
@@ -265,7 +254,7 @@ def train_seeds(
             summary = None if seed in shown else experiment.summary(seed)
             if summary is not None:
                 shown.add(seed)
-                print(f"seed {seed}: {summary[accuracy_key(summary)]:.2f} %", flush=True)
+                print(f"seed {seed}: {accuracy_in(summary):.2f} %", flush=True)
 
     deadline = time.monotonic() + choices.time_limit
     failures = run_jobs(jobs, slots, deadline, watch or tell)
@@ -281,34 +270,26 @@ def count_gpus() -> int:
 
 
 def work(folder: Path, seeds: Sequence[int], options: Sequence[str]) -> None:
-    """Trains seeds in this process, one after another or side by side; writes their summaries."""
+    """Trains seeds in this process, one after another; writes their summaries."""
+    from benchmarks.in_turn import train_in_turn
     from mnist_fast.files import write_atomically
-    from mnist_fast.many import fuses, train_in_turn, train_many
 
     def run_dir(seed: int) -> Path:
         return folder / f"seed-{seed}"
 
-    def note(_epoch: int, lines: list[dict[str, Any]]) -> None:
+    def note(record: dict[str, Any]) -> None:
         if signals.requested() is not None:
             raise Stopped("stopped on request")
-        for record in lines:
-            with (run_dir(record["seed"]) / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+        with (run_dir(record["seed"]) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     for seed in seeds:
         run_dir(seed).mkdir(parents=True, exist_ok=True)
         (run_dir(seed) / "metrics.jsonl").unlink(missing_ok=True)
-    config = load(options)
-    given = (config, seeds, note)
-    for summary in train_in_turn(*given) if fuses(config) else train_many(*given)[0]:
+    for summary in train_in_turn(load(options), seeds, note):
         del summary["records"]
         text = json.dumps(summary, indent=2) + "\n"
         write_atomically(run_dir(summary["seed"]) / "summary.json", text)
-
-
-def accuracy_key(summary: dict[str, Any]) -> str:
-    """Name of the accuracy in a summary: of the test set or of held-out training images."""
-    return "test_accuracy" if "test_accuracy" in summary else "validation_accuracy"
 
 
 def statistics(values: Sequence[float]) -> dict[str, Any]:
@@ -337,16 +318,15 @@ def make_report(experiment: Experiment, seeds: Sequence[int]) -> dict[str, Any]:
     if not summaries:
         raise RunError("no seed is finished")
     first = summaries[0]
-    accuracy = accuracy_key(first)
-    loss = accuracy.replace("accuracy", "loss")
-    together = first.get("side_by_side")
+    split = split_in(first)
+    accuracy, loss = f"{split}_accuracy", f"{split}_loss"
     commits = {str(summary["git_commit"]) for summary in summaries if summary.get("git_commit")}
     translated = f"{accuracy}_tta"
     apart = {}
     if translated in first:  # never mixed with the plain forward pass
         apart["accuracy_tta"] = statistics([summary[translated] for summary in summaries])
     return {
-        "config": what_is_learned(experiment.config),
+        "config": what_is_trained(experiment.config.as_dict()),
         "dataset": first["dataset"],
         "parameters": first["parameters"],
         "device": first["device"],
@@ -354,11 +334,10 @@ def make_report(experiment: Experiment, seeds: Sequence[int]) -> dict[str, Any]:
         "step": first.get("step"),
         "git_commits": sorted(commits),
         "versions": first.get("versions"),
-        "side_by_side": together,
-        "evaluated_on": accuracy.removesuffix("_accuracy"),
+        "evaluated_on": split,
         "accuracy": statistics([summary[accuracy] for summary in summaries]),
         "loss": statistics([summary[loss] for summary in summaries]),
-        "train_seconds": statistics([s["train_seconds"] / (together or 1) for s in summaries]),
+        "train_seconds": statistics([s["train_seconds"] for s in summaries]),
         **apart,
         "wall_seconds_of_all": experiment.wall_seconds(),
         "runs": [
@@ -390,10 +369,8 @@ def format_report(report: dict[str, Any]) -> str:
     head = f"recipe {config['recipe']} on {report['dataset']}, network {config['network']} "
     head += f"({report['parameters']:,} parameters), {config['epochs']} epochs, "
     head += f"n = {report['accuracy']['n']} seeds, last epoch"
-    beside = report["side_by_side"]
-    how = f", {beside} side by side" if beside else ""
     precision = "float32" if report["precision"] == "no" else report["precision"]
-    foot = f"{report['device']}, {precision}{how}; "
+    foot = f"{report['device']}, {precision}; "
     foot += f"wall clock of all runs {report['wall_seconds_of_all']:.0f} s"
     return "\n".join([head, *rows, foot])
 
@@ -427,7 +404,7 @@ def read_curve(run_dir: Path) -> Iterator[tuple[int, float]]:
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):  # a line that is just being written
             record = json.loads(line)
-            yield record["epoch"], record[accuracy_key(record)]
+            yield record["epoch"], accuracy_in(record)
 
 
 def save(report: dict[str, Any], path: Path) -> None:
@@ -437,46 +414,6 @@ def save(report: dict[str, Any], path: Path) -> None:
     print(f"written: {path}")
 
 
-def compare(seeds: Sequence[int], options: Sequence[str], choices: argparse.Namespace) -> int:
-    """Trains the seeds in a program each and all in one; tells both times and distributions.
-
-    The p value is Welch's for equal mean accuracies.
-    """
-    from scipy.stats import ttest_ind
-
-    reports = {}
-    for way in ("single", "together"):
-        experiment = open_experiment(options, choices.runs, f"compare-{way}-")
-        if count_gpus() > 1:
-            raise InputError("choose one GPU for the comparison: CUDA_VISIBLE_DEVICES=0")
-        one_at_a_time = argparse.Namespace(**(vars(choices) | {"parallel": 1}))
-        train_seeds(experiment, seeds, way == "together", one_at_a_time)
-        reports[way] = make_report(experiment, seeds)
-        print(f"\n{way}\n{format_report(reports[way])}\n")
-    single, together = reports["single"], reports["together"]
-    accuracies = [[run["accuracy"] for run in report["runs"]] for report in reports.values()]
-    train = [sum(run["train_seconds"] for run in single["runs"])]
-    train.append(together["train_seconds"]["mean"] * len(seeds))
-    wall = [report["wall_seconds_of_all"] for report in reports.values()]
-    verdict = {
-        "n": len(seeds),
-        "train_seconds": train,
-        "train_speedup": train[0] / train[1],
-        "wall_seconds": wall,
-        "wall_speedup": wall[0] / wall[1],
-        "welch_p": float(ttest_ind(*accuracies, equal_var=False).pvalue),
-    }
-    print(
-        f"{len(seeds)} seeds: training {train[0]:.1f} s alone, {train[1]:.1f} s together, "
-        f"{verdict['train_speedup']:.2f} times as fast; with start-up {wall[0]:.1f} s and "
-        f"{wall[1]:.1f} s, {verdict['wall_speedup']:.2f} times; equal means: p = "
-        f"{verdict['welch_p']:.2f}"
-    )
-    name = choices.name or experiment.folder.name.removeprefix("compare-together-")
-    save(reports | {"comparison": verdict}, choices.results / f"side-by-side-{name}.json")
-    return 0
-
-
 def check(choices: argparse.Namespace) -> None:
     """Refuses, before anything is trained, what no run could go by; makes the folders.
 
@@ -484,7 +421,7 @@ def check(choices: argparse.Namespace) -> None:
         choices: what this program or search.py was given, of which they have not all.
     """
     given = {name: value for name, value in vars(choices).items() if value is not None}
-    for name in ("seeds", "trials", "seeds_per_trial", "group", "parallel"):
+    for name in ("seeds", "trials", "seeds_per_trial", "parallel"):
         if given.get(name, 1) < 1:
             raise InputError(f"--{name} is {given[name]}: it must be at least 1")
     if choices.first < 0:
@@ -511,14 +448,11 @@ def build_parser() -> Parser:
     add("--seeds", type=int, default=10, help="number of seeds (default %(default)s)")
     add("--first", type=int, default=1, help="the first seed (default %(default)s)")
     add(
-        "--side_by_side",
+        "--one_program",
         choices=["auto", "true", "false"],
         default="auto",
-        help="all seeds in one program, where steps are fused one after another; auto: on one GPU "
-        "(default %(default)s)",
+        help="all seeds one after another in one program; auto: on one GPU (default %(default)s)",
     )
-    add("--group", type=int, default=32, help="seeds in one such program (default %(default)s)")
-    add("--compare_side_by_side", action="store_true", help=compare.__doc__.split("\n")[0])  # type: ignore[union-attr]
     add("--parallel", type=int, help="runs at a time on a CPU (default: one per core)")
     add("--seed_timeout", type=float, default=7200.0, help="seconds for a run (%(default)s)")
     add("--time_limit", type=float, default=86400.0, help="seconds for all of it (%(default)s)")
@@ -538,13 +472,11 @@ def main() -> int:
     check(choices)
     options = ["--recipe", choices.recipe, *rest]
     seeds = list(range(choices.first, choices.first + choices.seeds))
-    if choices.compare_side_by_side:
-        return compare(seeds, options, choices)
     experiment = open_experiment(options, choices.runs)
-    wanted = choices.side_by_side
-    side_by_side = wanted == "true" or (wanted == "auto" and count_gpus() == 1 and len(seeds) > 1)
+    wanted = choices.one_program
+    in_one = wanted == "true" or (wanted == "auto" and count_gpus() == 1 and len(seeds) > 1)
     try:
-        train_seeds(experiment, seeds, side_by_side, choices)
+        train_seeds(experiment, seeds, in_one, choices)
     finally:
         if any(experiment.summary(seed) for seed in seeds):
             report = make_report(experiment, seeds)

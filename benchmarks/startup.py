@@ -18,10 +18,9 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import records
 
-from benchmarks import records  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 TRAIN = str(ROOT / "train.py")
 

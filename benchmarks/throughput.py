@@ -27,23 +27,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.notebook_baseline import RUN_AHEAD, Baseline, endless, notebook_network, open_loader
+from benchmarks.records import add_out, count, duration, sd
+from data_prep import betons
+from mnist_fast import steps
+from mnist_fast.augment import MEAN, SD
+from mnist_fast.cli import load, read_recipe
+from mnist_fast.config import Config
+from mnist_fast.data import Batch, ResidentFeed, Sharding, StreamFeed, read_all
+from mnist_fast.errors import InputError, Parser, run_main
+from mnist_fast.kernels import hopper
+from mnist_fast.model import build_network
+from mnist_fast.provenance import device_name, versions
+from mnist_fast.run_folder import make_writable
+from mnist_fast.runtime import Runtime
+from mnist_fast.steps import Settings, TrainState
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from notebook_baseline import RUN_AHEAD, Baseline, endless, notebook_network, open_loader  # noqa: E402
-
-from benchmarks.records import add_out, count, duration, sd  # noqa: E402
-from data_prep import betons  # noqa: E402
-from mnist_fast import fused  # noqa: E402
-from mnist_fast.augment import MEAN, SD  # noqa: E402
-from mnist_fast.config import Config, load, read_recipe  # noqa: E402
-from mnist_fast.data import Batch, ResidentFeed, Sharding, StreamFeed, read_all  # noqa: E402
-from mnist_fast.errors import InputError, Parser, run_main  # noqa: E402
-from mnist_fast.loop import versions  # noqa: E402
-from mnist_fast.model import build_network  # noqa: E402
-from mnist_fast.run_folder import make_writable  # noqa: E402
-from mnist_fast.runtime import Runtime, device_name  # noqa: E402
-from mnist_fast.step import TrainingStep  # noqa: E402
 
 BASELINE, STREAM, LOADER = "notebook pipeline", "FFCV stream alone", "DataLoader alone"
 torch._dynamo.config.cache_size_limit = 256  # every case compiles the same functions anew
@@ -115,7 +115,7 @@ def load_images(folder: Path) -> tuple[Tensor, Tensor]:
 def our_case(bench: Bench, recipe: str, feed: str, mode: str, size: int, precision: str) -> Case:
     """Our own training in one setting, compiled and captured before it returns."""
     choices = ("--recipe", recipe, "--step", mode, "--batch_size", str(size), "--drop_last", "true")
-    config = load(choices)
+    config = load([*choices, "--precision", precision])
     runtime = copy.copy(bench.runtime)  # Accelerate's state cannot change its precision
     runtime.precision = precision
     sharding = Sharding(len(bench.labels), size, drop_last=True)
@@ -125,15 +125,15 @@ def our_case(bench: Bench, recipe: str, feed: str, mode: str, size: int, precisi
         source = ResidentFeed(images, labels, sharding, 1)
     else:
         source = StreamFeed(bench.folder / "train.beton", sharding, 1, bench.device)
-    step = TrainingStep(config, build_network(config.network, config.dropout), runtime, sharding)
-    step.start_epoch(0)
+    network = build_network(config.network, config.dropout)
+    plan = steps.plan(config, network, runtime, sharding)
+    step = plan.build(TrainState(config, network, bench.device), runtime)
     step.warm_up(source.example())
-    batches = endless_epochs(source)
+    batches, settings = endless_epochs(source), Settings.of_epoch(config, 0).at(0.01)
 
-    def run(steps: int) -> None:
-        step.start_epoch(0)
-        for _ in range(steps):
-            step(next(batches), 0.01)
+    def run(count: int) -> None:
+        for _ in range(count):
+            step.run(next(batches), settings)
 
     return Case(f"ours, {recipe}", recipe, feed, mode, size, precision, run)
 
@@ -208,7 +208,7 @@ def our_settings(on_gpu: bool, recipe: str) -> Iterator[tuple[str, str, str, int
     """Recipe, feed, step mode, batch size and precision of our cases, those that matter first."""
     best, usual = ("captured", "bf16") if on_gpu else ("native", "no")
     other = "notebook" if recipe == "fast" else "fast"
-    fuses = not fused.obstacle(Config(), 128, 1)
+    fuses = on_gpu and hopper.unsupported_gpu(torch.device("cuda"), 128) is None
     first = [(name, "resident", "fused", 128, "no") for name in (recipe, other) if fuses]
     first += [
         (recipe, "resident", best, 128, usual),
@@ -489,6 +489,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     started = time.monotonic()
     runtime = Runtime(Config(precision="no"))
+    runtime.set_precision("no")
     on_gpu = runtime.device.type == "cuda"
     facts = hardware(runtime.device)
     images, labels = load_images(options.data_dir)

@@ -23,24 +23,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.in_turn import Trainer
+from benchmarks.records import add_out, count, duration, sd
+from benchmarks.throughput import RAW, hardware, load_images, synchronise
+from data_prep import betons
+from mnist_fast.cli import load
+from mnist_fast.config import Config
+from mnist_fast.data import read_all
+from mnist_fast.errors import Parser, run_main
+from mnist_fast.files import write_atomically
+from mnist_fast.provenance import versions
+from mnist_fast.run_folder import make_writable
+from mnist_fast.runtime import Runtime
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from throughput import RAW, hardware, load_images, synchronise  # noqa: E402
-
-from benchmarks.records import add_out, count, duration, sd  # noqa: E402
-from data_prep import betons  # noqa: E402
-from mnist_fast.config import Config, load  # noqa: E402
-from mnist_fast.data import ResidentFeed, Sharding, read_all  # noqa: E402
-from mnist_fast.errors import Parser, run_main  # noqa: E402
-from mnist_fast.evaluate import evaluate  # noqa: E402
-from mnist_fast.files import write_atomically  # noqa: E402
-from mnist_fast.loop import versions  # noqa: E402
-from mnist_fast.many import take_steps  # noqa: E402
-from mnist_fast.model import build_network  # noqa: E402
-from mnist_fast.run_folder import make_writable  # noqa: E402
-from mnist_fast.runtime import Runtime  # noqa: E402
-from mnist_fast.step import TrainingStep  # noqa: E402
 
 SEARCH_SEEDS = range(11, 14)  # of the runs on held-out images
 # epochs, batch size, peak learning rate
@@ -72,28 +68,13 @@ class Result:
     accuracies: list[float] = dataclasses.field(default_factory=list)
 
 
-class Runner:
-    """Trains one schedule with many seeds in the same step, compiled once."""
-
-    def __init__(self, config: Config, runtime: Runtime, train: tuple[Tensor, Tensor]):
-        self.config, self.runtime, self.train = config, runtime, train
-        self.sharding = Sharding(len(train[1]), config.batch_size, config.drop_last)
-        network = build_network(config.network, config.dropout)
-        self.step = TrainingStep(config, network, runtime, self.sharding)
-        self.step.warm_up(self.feed(0).example())
-
-    def feed(self, seed: int) -> ResidentFeed:
-        """The images in a seed's orders."""
-        return ResidentFeed(*self.train, self.sharding, seed)
-
-    def run(self, seed: int) -> float:
-        """Seconds of training with a seed."""
-        self.step.start_over(seed)
-        feed = self.feed(seed)
-        clock = Clock(self.runtime.device)
-        for epoch in range(self.config.epochs):
-            take_steps(self.step, feed, epoch)
-        return clock.stop()
+def timed_run(trainer: Trainer, seed: int) -> float:
+    """Seconds of training with a seed."""
+    trainer.start(seed)
+    clock = Clock(trainer.runtime.device)
+    for epoch in range(trainer.config.epochs):
+        trainer.take_steps(epoch)
+    return clock.stop()
 
 
 class Clock:
@@ -130,25 +111,22 @@ def try_schedule(
     arguments |= {"optimizer": optimizer}
     config = load([part for k, v in arguments.items() for part in (f"--{k}", str(v))])
 
-    def evaluated(runner: Runner, images: Tensor, labels: Tensor) -> float:
-        return evaluate(runner.step.best_network(), images, labels, runtime, len(labels)).accuracy
-
     result = Result(*schedule)
     kept = len(train[1]) - len(train[1]) // 12
-    search = Runner(config, runtime, (train[0][:kept], train[1][:kept]))
+    search = Trainer(config, runtime, (train[0][:kept], train[1][:kept]))
     for seed in SEARCH_SEEDS:
-        search.run(seed)
-        result.held_out.append(evaluated(search, train[0][kept:], train[1][kept:]))
+        timed_run(search, seed)
+        result.held_out.append(search.evaluate(train[0][kept:], train[1][kept:]).accuracy)
     if statistics.fmean(result.held_out) < min(options.open):
         return result
     started = time.perf_counter()
-    runner = Runner(config, runtime, train)
-    runner.run(seed=0)  # discarded
+    trainer = Trainer(config, runtime, train)
+    timed_run(trainer, seed=0)  # discarded
     result.setup_seconds = time.perf_counter() - started
     for seed in range(1, options.seeds + 1):
-        result.seconds.append(runner.run(seed))
+        result.seconds.append(timed_run(trainer, seed))
         clock = Clock(runtime.device)
-        result.accuracies.append(evaluated(runner, *test))
+        result.accuracies.append(trainer.evaluate(*test).accuracy)
         result.evaluation_seconds.append(clock.stop())
     return result
 

@@ -19,10 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import records
 
-from benchmarks import records  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 MODES = ("offline", "disabled")
 QUANTITIES = ("processor_seconds", "wall_seconds")

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, verified before they are used, never unpickled.
+"""The file format of checkpoints: written whole or not at all, verified, never unpickled.
 
 A checkpoint is a folder `step-NNNNNNNN` with `tensors.safetensors`, `state.json` and
 `manifest.json`, which lists size and sha256 of the others. It is written under a temporary name,
@@ -10,19 +10,17 @@ import dataclasses
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from mnist_fast.errors import InputError
 from mnist_fast.files import read_file
 
 FORMAT = 2
@@ -30,6 +28,7 @@ KEEP = 2  # checkpoints left after pruning
 MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "tensors.safetensors"
 LIMITS = {MANIFEST: 10_000, STATE: 2**26, TENSORS: 2**26}  # bytes; more is not read at all
 _NAME = re.compile(r"step-\d{8,18}")
+CheckState = Callable[[Any], None]
 
 
 class CorruptCheckpointError(Exception):
@@ -41,24 +40,29 @@ class Checkpoint:
     """What a run needs to go on as if it had never stopped.
 
     Attributes:
-        tensors: weights, momentum, averages, totals and generator states, by name, on the CPU.
-        state: plain values, see `STATE_TYPES`.
+        tensors: by name, on the CPU; `resume` says which.
+        state: plain values; `global_step`, a whole number, is among them.
     """
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> Path:
+def save(folder: Path, checkpoint: Checkpoint, check_state: CheckState) -> Path:
     """Writes a checkpoint into `folder` and prunes the oldest; returns its path.
 
     The caller holds the run's lock: nobody else writes there.
+
+    Args:
+        folder: of the run's checkpoints.
+        checkpoint: what is written.
+        check_state: raises ValueError for a state that a run could not have written.
 
     Raises:
         OSError: the disk is full or the folder not writable; earlier checkpoints are untouched.
     """
     target = folder / f"step-{checkpoint.state['global_step']:08d}"
-    if _is_valid(target):  # the same training came here before, and its checkpoint was passed over
+    if _is_valid(target, check_state):  # the same training came here before, and was passed over
         return target
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".writing-{os.getpid()}"
@@ -95,9 +99,9 @@ def _manifest_text(files: Any) -> bytes:
     return json.dumps({"format": FORMAT, "files": files}, indent=1).encode()
 
 
-def _is_valid(path: Path) -> bool:
+def _is_valid(path: Path, check_state: CheckState) -> bool:
     with contextlib.suppress(CorruptCheckpointError):
-        return bool(load(path))
+        return bool(load(path, check_state))
     return False
 
 
@@ -107,6 +111,21 @@ def write_durably(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def save_weights(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Writes weights as safetensors, in one step, with their checksum beside what is said of them.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        about: plain words by name.
+    """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    content = save_tensors(weights, metadata=about | {"sha256": digest(weights)})
+    temporary = path.with_name(f".{path.name}")
+    write_durably(temporary, sort_header(content))
+    temporary.replace(path)
 
 
 def sort_header(content: bytes) -> bytes:
@@ -157,19 +176,19 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def load_newest(folder: Path, check_state: CheckState) -> tuple[Checkpoint | None, list[str]]:
     """The newest valid checkpoint of a folder, and why each newer one was skipped."""
     skipped: list[str] = []
     for path in newest_first(folder):
         try:
-            return load(path), skipped
+            return load(path, check_state), skipped
         except CorruptCheckpointError as error:
             skipped.append(str(error))
     return None, skipped
 
 
-def load(path: Path) -> Checkpoint:
-    """Reads and verifies one checkpoint.
+def load(path: Path, check_state: CheckState) -> Checkpoint:
+    """Reads and verifies one checkpoint; arguments as for `save`.
 
     Raises:
         CorruptCheckpointError: a file is missing, a link, of the wrong size or checksum, or not
@@ -179,7 +198,7 @@ def load(path: Path) -> Checkpoint:
     _check_manifest(path, contents)
     try:
         state = json.loads(contents[STATE])
-        _check_state(state)
+        check_state(state)
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"{path / STATE}: {error}") from error
     try:
@@ -216,147 +235,3 @@ def _check_manifest(path: Path, contents: dict[str, bytes]) -> None:
             )
         if hashlib.sha256(contents[name]).hexdigest() != sha256:
             raise CorruptCheckpointError(f"{path / name}: checksum mismatch")
-
-
-# What `state.json` holds.
-STATE_TYPES: dict[str, type | tuple[type, ...]] = {
-    # what makes it this training
-    "config": dict,
-    "data_sha256": str,
-    "world_size": int,
-    "device": str,
-    "precision": str,
-    "mode": str,
-    "steps_per_epoch": int,
-    # where it stands
-    "epoch": int,
-    "step": int,
-    "global_step": int,
-    "epoch_seconds": (int, float),
-    "records": list,
-    # what goes with it
-    "scaler": dict,
-    "wandb_id": (str, type(None)),
-}
-
-
-def _check_state(state: Any) -> None:
-    """Raises ValueError unless a state is one that a run could have written."""
-    if not isinstance(state, dict) or set(state) != set(STATE_TYPES):
-        raise ValueError("its keys are not those of a checkpoint")
-    for key, kind in STATE_TYPES.items():
-        if not isinstance(state[key], kind) or isinstance(state[key], bool):
-            raise ValueError(f"{key} is of the wrong type")
-    epoch, step, steps = state["epoch"], state["step"], state["steps_per_epoch"]
-    consistent = epoch >= 0 and 0 <= step <= steps and state["global_step"] == epoch * steps + step
-    if not consistent or not _is_duration(state["epoch_seconds"]):
-        raise ValueError("its position is not possible")
-    if len(state["records"]) != epoch or not all(
-        _is_record(record, number) for number, record in enumerate(state["records"], 1)
-    ):
-        raise ValueError("records are not those of its epochs")
-    # W&B makes file names of it
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", state["wandb_id"] or "none"):
-        raise ValueError("wandb_id has characters that an id cannot have")
-
-
-def _is_duration(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
-
-
-def _is_record(record: Any, epoch: int) -> bool:
-    if not isinstance(record, dict) or record.get("epoch") != epoch:
-        return False
-    measured = ("epoch_seconds", "images_per_second")
-    held_out = "test" if "test_loss" in record else "validation"
-    numbers = ("train_loss", "train_accuracy", f"{held_out}_loss", f"{held_out}_accuracy")
-    return (
-        all(_is_duration(record.get(key)) for key in measured)
-        and all(isinstance(record.get(key), int | float) for key in numbers)
-        and all(isinstance(value, str | int | float | None) for value in record.values())
-    )
-
-
-# What may differ between a run and its continuation without changing the training.
-FREE = {
-    *("data_dir", "run_dir", "resume", "feed", "process_timeout", "checkpoint_every", "profile"),
-    "tta",
-    *("precision", "step"),  # what they resolved to is compared
-    "recipe",  # only the name: what it chose is compared key by key
-    "dataset",  # the data's checksum is compared instead
-}
-
-
-def different_choice(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """The first choice, by name, that makes two configurations another training."""
-    for key in sorted({*old, *new} - FREE):
-        same = key in old and key in new and old[key] == new[key]
-        if not same and not key.startswith("wandb"):
-            return key
-    return None
-
-
-def check_same_training(state: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuses to continue under choices that would make it another training.
-
-    Args:
-        state: the checkpoint's.
-        wanted: the same keys of this run: `config`, `data_sha256`, `world_size`, ...
-
-    Raises:
-        InputError: one line that names the first difference.
-    """
-    old, new = dict(state["config"]), dict(wanted["config"])
-    if new["schedule"] != "onecycle" and not new["plain_epochs"] and state["epoch"] < new["epochs"]:
-        old["epochs"] = new["epochs"]  # nothing before the end depends on it
-    if key := different_choice(old, new):
-        _refuse(key, old.get(key), new.get(key))
-    for key in wanted:
-        if key != "config" and state[key] != wanted[key]:
-            _refuse(key, state[key], wanted[key])
-
-
-def _refuse(key: str, old: Any, new: Any) -> None:
-    raise InputError(
-        f"cannot resume: the checkpoint has {key} {old}, this run {new}: "
-        "use the same, or another --run_dir",
-        shared=True,
-    )
-
-
-def check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Refuses tensors that are not of the names, shapes and types that a run has.
-
-    Raises:
-        InputError: one line that names the first difference.
-    """
-    for name in sorted({*tensors, *wanted}):
-        old, new = tensors.get(name), wanted.get(name)
-        if old is None or new is None or (old.shape, old.dtype) != (new.shape, new.dtype):
-            _refuse(f"tensor {name}", _kind(old), _kind(new))
-
-
-def _kind(tensor: Tensor | None) -> str:
-    return "missing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-
-
-def generator_states(device: torch.device) -> dict[str, Tensor]:
-    """States of this process's torch generators."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def restore_generators(states: dict[str, Tensor], device: torch.device) -> None:
-    """Sets this process's torch generators.
-
-    Raises:
-        InputError: a state is not a generator's.
-    """
-    try:
-        torch.set_rng_state(states["cpu"])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"], device)
-    except RuntimeError as error:
-        raise InputError(f"cannot resume: {error}") from error

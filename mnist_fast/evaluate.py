@@ -13,6 +13,7 @@ from torch import Tensor
 from mnist_fast.augment import normalise, scale_pixels
 from mnist_fast.errors import RunError
 from mnist_fast.model import CLASSES, Network
+from mnist_fast.records import Evaluation
 
 if TYPE_CHECKING:  # it loads accelerate, which predicting a single image does not need
     from mnist_fast.runtime import Runtime
@@ -22,15 +23,6 @@ BATCH = 1_000  # images per forward pass, which the CPU's caches like
 # 1,900, so that capturing these too would not be seen
 GPU_BATCH = 16_384
 MOST_MISREAD = 100  # images that `inspect` hands back
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Mean negative log-likelihood, accuracy in percent, and the images that were counted."""
-
-    loss: float
-    accuracy: float
-    images: int
 
 
 @torch.inference_mode()

@@ -118,6 +118,16 @@ class Network(nn.Module):
         return self.logits(images).float().log_softmax(dim=1)
 
 
+def check_name(name: str) -> None:
+    """Refuses what is no name of a network.
+
+    Raises:
+        InputError: it is none.
+    """
+    if name not in NETWORKS:
+        raise InputError(f"network {name}: unknown, the networks are {', '.join(NETWORKS)}")
+
+
 def build_network(name: str = "notebook", dropout: float = 0.0) -> Network:
     """Builds a network by name, initialised by torch's defaults from the global generator.
 
@@ -125,8 +135,7 @@ def build_network(name: str = "notebook", dropout: float = 0.0) -> Network:
         InputError: an unknown name.
         ValueError: the network has not the number of parameters it is listed with, or too many.
     """
-    if name not in NETWORKS:
-        raise InputError(f"network {name}: unknown, the networks are {', '.join(NETWORKS)}")
+    check_name(name)
     layers, expected = NETWORKS[name]
     network = Network(layers(dropout))
     count = check_parameters(network)
@@ -149,7 +158,7 @@ def check_parameters(network: nn.Module) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class LayerRow:
     """One row of the layer table; sizes in pixels of the input image."""
 
     name: str
@@ -162,7 +171,7 @@ class Layer:
     parameters: int
 
 
-def layer_table(network: Network) -> Iterator[Layer]:
+def layer_table(network: Network) -> Iterator[LayerRow]:
     """Rows of the layer table, in the order of the forward pass.
 
     The receptive field r and the jump j (distance of neighbouring outputs) of a layer with kernel k
@@ -182,7 +191,7 @@ def layer_table(network: Network) -> Iterator[Layer]:
         if kernel is not None and stride is not None:
             field, jump = field + (kernel - 1) * jump, jump * stride
         shape = tuple(images.shape[1:])
-        yield Layer(
+        yield LayerRow(
             type(layer).__name__,
             kernel,
             stride,

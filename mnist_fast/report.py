@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_fast.config import TARGET_ACCURACY, Config, read_recipe, read_yaml, recipe_names
+from mnist_fast.cli import read_recipe, read_yaml, recipe_names
+from mnist_fast.config import TARGET_ACCURACY, Config, what_is_trained
 from mnist_fast.errors import InputError, Parser, one_line, run_main, some_path
 from mnist_fast.files import read_file
 from mnist_fast.schedule import learning_rate
@@ -36,11 +37,6 @@ DPI = 150
 MISREAD_SHOWN = 40
 MAX_FILE = 100_000_000  # bytes of a run's file that is read
 LARGEST = 1e100  # of a metric that is read: pictures of more fail, as those of infinity do
-# Choices that say where and how a run was made, not what was trained
-PLACES = (
-    *("seed", "data_dir", "run_dir", "resume", "process_timeout", "checkpoint_every", "profile"),
-    "wandb",
-)
 LEGEND_WIDTH, LEGEND_CHARACTERS = 100, 250  # of a line and of a name, which is cut behind them
 
 Records = Sequence[dict[str, Any]]
@@ -309,9 +305,8 @@ class Run:
         return [record[f"{self.held_out}_accuracy"] for record in self.records]
 
     def choices(self) -> dict[str, Any]:
-        """What was trained: every choice but the seed and those about places."""
-        kept = {k: v for k, v in self.config.items() if not k.startswith(PLACES)}
-        return kept | {"dataset": self.records[-1].get("dataset")}
+        """What was trained, whatever the seed."""
+        return what_is_trained(self.config) | {"dataset": self.records[-1].get("dataset")}
 
 
 def read_run(folder: Path) -> Run:

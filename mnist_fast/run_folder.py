@@ -11,12 +11,21 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from mnist_fast.config import Config
 from mnist_fast.errors import InputError, RunError, Stopped
 from mnist_fast.files import read_file, write_atomically
 
 LOCK, STATUS = ".lock", "status.json"
 MAX_STATUS = 100_000  # bytes of a status.json
 _descriptors: dict[Path, int] = {}  # of the locks that this process holds
+
+
+def choose(config: Config, dataset: str) -> Path:
+    """The run's folder, made and locked: as configured, or a new one named for the run."""
+    name = f"{config.recipe}-{dataset}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(config.run_dir or make_new(Path("runs") / name))
+    lock(folder)
+    return folder
 
 
 def make_new(wanted: Path) -> Path:

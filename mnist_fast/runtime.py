@@ -1,4 +1,4 @@
-"""Processes, device, precision and reductions: everything that knows how many take part."""
+"""Processes, device and reductions: everything that knows how many take part."""
 
 import contextlib
 import datetime
@@ -11,17 +11,18 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from mnist_fast import fused
 from mnist_fast.augment import derive_key
 from mnist_fast.config import Config
 from mnist_fast.errors import InputError, RunError, one_line
+from mnist_fast.provenance import device_name
 
 T = TypeVar("T")
 
+TRUE = ("1", "true", "yes", "on", "t", "y")  # as Accelerate reads its environment
 STOP_INTERVAL = 8  # steps from one agreement on a stop to the next
 
 
@@ -34,42 +35,46 @@ class Runtime:
         threads: for computing on the CPU.
         rank, world_size: number of this process, and of all.
         is_main: whether this process speaks and writes for all.
-        precision: no, bf16 or fp16, resolved.
+        precision: no, bf16 or fp16; set by `set_precision`.
     """
 
     def __init__(self, config: Config):
-        self.precision = resolve_precision(config.precision, may_fuse(config))
+        # `accelerate launch` says False where nobody asked for the CPU
+        self._cpu = _asks_for_cpu() or not torch.cuda.is_available()
         timeout = datetime.timedelta(seconds=config.process_timeout)
         try:
             with naming_lost_processes():
-                self.accelerator = Accelerator(
-                    mixed_precision=self.precision,
-                    cpu=not torch.cuda.is_available(),
-                    log_with="wandb",
-                    kwargs_handlers=[
-                        InitProcessGroupKwargs(timeout=timeout),
-                        # running statistics are averaged before use, not broadcast in every step
-                        DistributedDataParallelKwargs(broadcast_buffers=False),
-                    ],
-                )
+                state = PartialState(cpu=self._cpu, timeout=timeout)
         except ValueError as error:  # Accelerate and torch name what is missing
             advice = "start with accelerate launch or torchrun, or unset WORLD_SIZE and RANK"
             raise InputError(f"environment: {one_line(error)}; {advice}") from error
-        self.device: torch.device = self.accelerator.device
+        self.device: torch.device = state.device
         set_threads(config.threads)
         # float32 is to mean float32, in evaluation above all
         torch.backends.cudnn.allow_tf32 = False
         self.threads = torch.get_num_threads()  # a native step leaves torch one of them
         self.device_name = device_name(self.device)
-        self.rank: int = self.accelerator.process_index
-        self.world_size: int = self.accelerator.num_processes
-        self.is_main: bool = self.accelerator.is_main_process
-        # agreements are made on the host: NCCL alone would sync the device for them
+        self.rank: int = state.process_index
+        self.world_size: int = state.num_processes
+        self.is_main: bool = state.is_main_process
+        self.precision = "no"
+        # objects, barriers and agreements go over the host: NCCL would sync the device for them
         self._host_group: Any = None
         if self.world_size > 1 and self.device.type == "cuda":
             self._host_group = dist.new_group(backend="gloo", timeout=timeout)
         self._pending_stop: tuple[Any, Tensor] | None = None
         self._steps = 0
+
+    def set_precision(self, precision: str) -> None:
+        """Sets the mixed precision; to be called once, before anything is prepared."""
+        self.precision = precision
+        self.accelerator = Accelerator(
+            mixed_precision=precision,
+            cpu=self._cpu,
+            log_with="wandb",
+            # running statistics are averaged before use, not broadcast in every step
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
 
     def seed(self, seed: int) -> None:
         """Seeds the generators: the same weights everywhere, then other dropout per process."""
@@ -126,7 +131,7 @@ class Runtime:
         """The main process's value (any that pickles), on every process."""
         values = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(values, device=self.device)
+            dist.broadcast_object_list(values, group=self._host_group)
         return values[0]
 
     def on_main(self, action: Callable[[], T]) -> T:
@@ -150,12 +155,13 @@ class Runtime:
         """Every process's value (any that pickles), on every process, by rank."""
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, group=self._host_group)
         return values
 
     def wait(self) -> None:
         """Returns when every process has come here."""
-        self.accelerator.wait_for_everyone()
+        if self.world_size > 1:
+            dist.barrier(group=self._host_group)
 
     def agree_to_stop(self, requested: bool) -> bool:
         """Whether the processes stop now: the same answer everywhere, at every step's end.
@@ -170,8 +176,7 @@ class Runtime:
             return False
         agreed = self._pending_stop is not None and self._finish_stop()
         flag = torch.tensor([int(requested)], dtype=torch.int32)
-        group = self._host_group or dist.group.WORLD
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group, async_op=True)
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._host_group, async_op=True)
         self._pending_stop = (work, flag)
         return agreed
 
@@ -210,6 +215,11 @@ class Runtime:
             dist.destroy_process_group()
 
 
+def _asks_for_cpu() -> bool:
+    """Whether the launcher was told to leave the GPUs alone, in Accelerate's words for it."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE
+
+
 # Words by which gloo's errors are told from others; its own name is not in all of them.
 GLOO_SAYS = ("gloo", "pair closure", "Connection closed by peer", "Connection reset by peer")
 
@@ -246,59 +256,3 @@ def set_threads(wanted: int) -> None:
         return
     share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(wanted or max(1, share))
-
-
-def may_fuse(config: Config) -> bool:
-    """Whether steps are to be fused as far as choices and GPU allow.
-
-    Raises:
-        InputError: WORLD_SIZE is no whole number.
-    """
-    told = os.environ.get("WORLD_SIZE", "1")
-    if not told.isdecimal():
-        raise InputError(f"WORLD_SIZE is {told}: set it to the number of processes, or unset it")
-    processes = max(1, int(told))
-    wanted = config.step in ("auto", "fused") and config.precision in ("auto", "no")
-    return wanted and not fused.obstacle(config, config.batch_size // processes, processes)
-
-
-def resolve_precision(wanted: str, fuses: bool = False) -> str:
-    """The mixed precision to use.
-
-    `auto` takes what `accelerate launch` was told, else bf16 on GPUs that multiply it, from Ampere
-    on. On CPUs the native step is the fastest, and where there is one the fused step: they compute
-    in float32.
-
-    Args:
-        wanted: auto, no, bf16 or fp16.
-        fuses: whether there will be fused steps.
-
-    Raises:
-        InputError: fp16 without a GPU, or a precision of the launcher's that is none of these.
-    """
-    if wanted == "auto":
-        wanted = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
-        if wanted not in ("no", "bf16", "fp16"):
-            fault = f"ACCELERATE_MIXED_PRECISION is {wanted}, from the launcher"
-            raise InputError(f"{fault}: use --mixed_precision bf16, fp16 or no there")
-        if wanted == "no" and has_bf16() and not fuses:
-            wanted = "bf16"
-    if wanted == "fp16" and not torch.cuda.is_available():
-        raise InputError("--precision fp16 needs a GPU: use bf16 or no")
-    return wanted
-
-
-def has_bf16() -> bool:
-    """Whether there is a GPU that multiplies bf16 matrices."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words, for records."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()}, {torch.get_num_threads()} threads"
-    return "cpu"

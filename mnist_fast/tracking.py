@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mnist_fast.config import TARGET_ACCURACY, Config, dump
+from mnist_fast.cli import dump
+from mnist_fast.config import TARGET_ACCURACY, Config
 from mnist_fast.errors import one_line
 from mnist_fast.evaluate import Outcome
 from mnist_fast.files import say, write_atomically
-from mnist_fast.model import Layer
+from mnist_fast.model import LayerRow
 from mnist_fast.runtime import Runtime
 
 PROJECT = "mnist_fast"
@@ -67,7 +68,7 @@ class Tracker:
         self._passed = any(map(self._passes, records))
         self._start_wandb(facts, wandb_id)
 
-    def log_inputs(self, samples: Any, layers: Sequence[Layer], manifest: Path) -> None:
+    def log_inputs(self, samples: Any, layers: Sequence[LayerRow], manifest: Path) -> None:
         """Shows on W&B what goes into the run.
 
         Args:
@@ -338,7 +339,7 @@ def _data_folder(folder: Path) -> Any:
             del os.environ["WANDB_DATA_DIR"]
 
 
-def _cells(layer: Layer) -> list[Any]:
+def _cells(layer: LayerRow) -> list[Any]:
     output = "x".join(map(str, layer.output_shape))
     sides = [layer.name, layer.kernel, layer.stride, layer.padding, output]
     return [*sides, layer.receptive_field, layer.jump, layer.parameters]

@@ -32,7 +32,7 @@ python_works() {
 
 up_to_date() {
   [[ -f $stamp ]] && [[ $(<"$stamp") == "$PWD"$'\n'"$(made_from)" ]] &&
-    .venv/bin/python scripts/preflight.py --quick >/dev/null 2>&1
+    .venv/bin/python -m mnist_fast.preflight --quick >/dev/null 2>&1
 }
 
 discard_broken_environment() {
@@ -111,12 +111,12 @@ discard_broken_environment
 say "installing the locked environment into .venv (several GB the first time)"
 synchronise
 say "checking that every library imports"
-if ! .venv/bin/python scripts/preflight.py; then
+if ! .venv/bin/python -m mnist_fast.preflight; then
   say "trying once more with a new .venv"
   "$uv" cache clean ffcv # it may have been compiled against libraries that have left this machine
   rm -rf .venv           # not uv's --reinstall, which fetches everything again
   synchronise
-  .venv/bin/python scripts/preflight.py || exit 2
+  .venv/bin/python -m mnist_fast.preflight || exit 2
 fi
 printf '%s\n%s\n' "$PWD" "$(made_from)" >"$stamp"
 say "ready after $((SECONDS - started)) s: $(.venv/bin/python --version) in .venv"

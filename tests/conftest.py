@@ -98,4 +98,6 @@ def runtime(in_process):
     from mnist_fast.config import Config
     from mnist_fast.runtime import Runtime
 
-    return Runtime(Config(precision="no"))
+    runtime = Runtime(Config(precision="no"))
+    runtime.set_precision("no")
+    return runtime

@@ -9,18 +9,16 @@ import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from stepping import Trained
 
 from mnist_fast.augment import augment, derive_key
-from mnist_fast.config import load
+from mnist_fast.cli import load
 from mnist_fast.data import ResidentFeed, Sharding, StreamFeed, read_all, share
 from mnist_fast.errors import InputError, run_main
 from mnist_fast.evaluate import evaluate
 from mnist_fast.loop import train
 from mnist_fast.model import build_network
 from mnist_fast.runtime import STOP_INTERVAL, Runtime
-from mnist_fast.step import TrainingStep
 
 SAMPLES, BATCH = 1_437, 96  # the last of 15 batches has 93 images
 CPU = torch.device("cpu")
@@ -75,7 +73,8 @@ def gradients(betons, runtime, feed, mode):
     runtime.seed(1)
     compile_function, torch.compile = torch.compile, lambda function, **_: function
     try:
-        step = TrainingStep(config, build_network("notebook"), runtime, sharding_of(runtime))
+        network = build_network("notebook")
+        step = Trained(config, network, runtime, sharding_of(runtime))
     finally:
         torch.compile = compile_function
     step.start_epoch(0)
@@ -144,6 +143,7 @@ def status_of(arguments):
 
 def main(betons, out):
     runtime = Runtime(load(options(betons)))
+    runtime.set_precision("no")
     results = all_checks(betons, runtime)
     run_dir = ("--run_dir", str(out / "run"))
     refused = status_of(options(betons, "--batch_size", "125", *run_dir))

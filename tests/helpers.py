@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train.py"
+TESTS_ON_PATH = {"PYTHONPATH": str(ROOT / "tests")}  # for programs that use `stepping`
 
 # The digits, quickly: 11 steps per epoch, nothing compiled, no W&B.
 QUICK = ("--dataset", "digits", "--step", "eager", "--wandb", "disabled", "--precision", "no")

@@ -196,7 +196,7 @@ def test_seeds_start_over(small_betons, runtime):
 
     from benchmarks import time_to_accuracy
     from benchmarks.throughput import load_images
-    from mnist_fast.config import load
+    from mnist_fast.cli import load
 
     config = dataclasses.replace(load(["--epochs", "1", "--batch_size", "256"]), step="eager")
     runner = time_to_accuracy.Runner(config, runtime, load_images(small_betons))

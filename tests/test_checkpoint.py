@@ -14,12 +14,12 @@ import time
 import helpers
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from mnist_fast import checkpoint, run_folder, signals
+from mnist_fast import checkpoint, run_folder
 from mnist_fast.checkpoint import Checkpoint, CorruptCheckpointError
 from mnist_fast.config import Config
 from mnist_fast.errors import InputError, RunError, Stopped
+from mnist_fast.resume import check_state
 
 RECORD = {
     "epoch": 1,
@@ -58,7 +58,7 @@ def make(step=15, **changes):
 
 @pytest.fixture
 def saved(tmp_path):
-    return checkpoint.save(tmp_path / "checkpoints", make())
+    return checkpoint.save(tmp_path / "checkpoints", make(), check_state)
 
 
 def rewrite(path, **contents):
@@ -75,8 +75,10 @@ def rewrite(path, **contents):
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    path = checkpoint.save(tmp_path / "new" / "checkpoints", Checkpoint(TENSORS, STATE))
-    found = checkpoint.load(path)
+    path = checkpoint.save(
+        tmp_path / "new" / "checkpoints", Checkpoint(TENSORS, STATE), check_state
+    )
+    found = checkpoint.load(path, check_state)
     assert path.name == "step-00000015"
     assert found.state == STATE
     assert found.tensors.keys() == TENSORS.keys()
@@ -86,12 +88,12 @@ def test_what_is_saved_is_loaded(tmp_path):
 def test_two_are_kept_and_no_newer_one_is_touched(tmp_path):
     (tmp_path / "step-00000099").mkdir()  # not valid, so passed over
     for step in (12, 13, 14, 15):
-        checkpoint.save(tmp_path, make(step))
+        checkpoint.save(tmp_path, make(step), check_state)
     (tmp_path / ".writing-1").mkdir()
-    checkpoint.save(tmp_path, make(16))
+    checkpoint.save(tmp_path, make(16), check_state)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["step-00000015", "step-00000016", "step-00000099"]
-    found, skipped = checkpoint.load_newest(tmp_path)
+    found, skipped = checkpoint.load_newest(tmp_path, check_state)
     assert found.state["global_step"] == 16
     assert "step-00000099" in skipped[0]
     assert "No such file" in skipped[0]
@@ -99,7 +101,9 @@ def test_two_are_kept_and_no_newer_one_is_touched(tmp_path):
 
 @pytest.mark.parametrize("name", [checkpoint.MANIFEST, checkpoint.STATE, checkpoint.TENSORS])
 def test_no_flipped_bit_and_no_length_is_accepted(tmp_path, name):
-    saved = checkpoint.save(tmp_path, make(config={}, epoch=0, records=[], global_step=3))
+    saved = checkpoint.save(
+        tmp_path, make(config={}, epoch=0, records=[], global_step=3), check_state
+    )
     path = saved / name
     content = path.read_bytes()
     for position in range(len(content)):
@@ -107,16 +111,16 @@ def test_no_flipped_bit_and_no_length_is_accepted(tmp_path, name):
         damaged[position] ^= 1 << random.Random(position).randrange(8)
         path.write_bytes(damaged)
         with pytest.raises(CorruptCheckpointError, match=str(saved)):
-            checkpoint.load(saved)
+            checkpoint.load(saved, check_state)
     for length in range(len(content)):
         path.write_bytes(content[:length])
         with pytest.raises(CorruptCheckpointError, match=str(saved)):
-            checkpoint.load(saved)
+            checkpoint.load(saved, check_state)
     path.write_bytes(content + b" ")
     with pytest.raises(CorruptCheckpointError, match=str(saved)):
-        checkpoint.load(saved)
+        checkpoint.load(saved, check_state)
     path.write_bytes(content)
-    checkpoint.load(saved)
+    checkpoint.load(saved, check_state)
 
 
 class Payload:
@@ -129,7 +133,7 @@ def test_pickles_are_never_executed(saved, tmp_path, monkeypatch):
     torch.save(Payload(), saved / checkpoint.TENSORS)
     rewrite(saved)
     with pytest.raises(CorruptCheckpointError, match=r"tensors\.safetensors: not readable"):
-        checkpoint.load(saved)
+        checkpoint.load(saved, check_state)
     assert not (tmp_path / "payload-was-executed").exists()
 
 
@@ -148,7 +152,7 @@ def test_pickles_are_never_executed(saved, tmp_path, monkeypatch):
 def test_hostile_tensors_are_refused(saved, content):
     rewrite(saved, tensors=content)
     with pytest.raises(CorruptCheckpointError, match=r"tensors\.safetensors: not readable"):
-        checkpoint.load(saved)
+        checkpoint.load(saved, check_state)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,7 @@ def test_hostile_tensors_are_refused(saved, content):
 def test_hostile_manifests_are_refused(saved, manifest):
     (saved / checkpoint.MANIFEST).write_bytes(manifest)
     with pytest.raises(CorruptCheckpointError, match=r"manifest\.json"):
-        checkpoint.load(saved)
+        checkpoint.load(saved, check_state)
 
 
 def test_a_manifest_that_lists_other_files_is_refused(saved, tmp_path):
@@ -173,7 +177,7 @@ def test_a_manifest_that_lists_other_files_is_refused(saved, tmp_path):
     manifest["files"]["../../secret"] = {"bytes": 1, "sha256": "00" * 32}
     (saved / checkpoint.MANIFEST).write_bytes(checkpoint._manifest_text(manifest["files"]))
     with pytest.raises(CorruptCheckpointError, match="not as it was written"):
-        checkpoint.load(saved)
+        checkpoint.load(saved, check_state)
 
 
 def test_links_pipes_and_folders_are_refused(saved, tmp_path):
@@ -188,12 +192,12 @@ def test_links_pipes_and_folders_are_refused(saved, tmp_path):
         target.unlink()
         put()
         with pytest.raises(CorruptCheckpointError, match=r"state\.json"):
-            checkpoint.load(saved)
+            checkpoint.load(saved, check_state)
         target.rmdir() if target.is_dir() else target.unlink()
         target.write_bytes(content)
     link = saved.with_name("step-00000050")
     link.symlink_to(saved)
-    found, skipped = checkpoint.load_newest(saved.parent)
+    found, skipped = checkpoint.load_newest(saved.parent, check_state)
     assert found.state == make().state
     assert "symbolic link" in skipped[0]
 
@@ -224,74 +228,7 @@ WRONG = [
 def test_state_is_checked(saved, wrong):
     rewrite(saved, state=json.dumps(STATE | wrong).encode())
     with pytest.raises(CorruptCheckpointError, match=r"state\.json"):
-        checkpoint.load(saved)
-
-
-def wanted(**changes):
-    keys = ("config", "data_sha256", "world_size", "device", "precision", "mode", "steps_per_epoch")
-    return {key: STATE[key] for key in keys} | changes
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"recipe": "notebook"},
-        {"run_dir": "elsewhere", "data_dir": "elsewhere", "resume": "auto"},
-        {"wandb": "disabled", "wandb_name": "another", "feed": "stream", "process_timeout": 5},
-        {"epochs": 20},  # the schedule is constant
-    ],
-)
-def test_what_does_not_change_the_training_may_change(changes):
-    checkpoint.check_same_training(STATE, wanted(config=STATE["config"] | changes))
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"seed": 2},
-        {"network": "record"},
-        {"learning_rate": 0.02},
-        {"epochs": 1},  # it is over already
-        {"unknown": 1},
-    ],
-)
-def test_another_configuration_is_refused(changes):
-    with pytest.raises(InputError, match=f"cannot resume.*{next(iter(changes))}"):
-        checkpoint.check_same_training(STATE, wanted(config=STATE["config"] | changes))
-
-
-def test_another_length_is_refused_where_the_schedule_knows_the_end():
-    state = STATE | {"config": STATE["config"] | {"schedule": "onecycle"}}
-    with pytest.raises(InputError, match="epochs 15, this run 20"):
-        checkpoint.check_same_training(
-            state, wanted(config=state["config"] | {"epochs": 20, "schedule": "onecycle"})
-        )
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"data_sha256": "cd" * 32},
-        {"world_size": 2},
-        {"device": "cuda"},
-        {"precision": "bf16"},
-        {"mode": "compiled"},
-        {"steps_per_epoch": 11},
-    ],
-    ids=str,
-)
-def test_another_data_set_or_machine_is_refused(change):
-    with pytest.raises(InputError, match=f"cannot resume.*{next(iter(change))}"):
-        checkpoint.check_same_training(STATE, wanted(**change))
-
-
-def test_tensors_of_another_network_are_refused():
-    ours = {"a": torch.zeros(2, 3), "b": torch.zeros(1)}
-    for other in ({"a": torch.zeros(3, 2)}, {"a": ours["a"].double()}, {"c": torch.zeros(1)}):
-        with pytest.raises(InputError, match="tensor"):
-            checkpoint.check_tensors(ours | other, ours)
-    with pytest.raises(InputError, match="tensor b missing"):
-        checkpoint.check_tensors({"a": ours["a"]}, ours)
+        checkpoint.load(saved, check_state)
 
 
 # Every stage of a save
@@ -310,8 +247,8 @@ def forked(action):
 
 
 def test_a_kill_at_any_stage_of_a_save_leaves_a_valid_checkpoint(tmp_path):
-    checkpoint.save(tmp_path, make(13))
-    checkpoint.save(tmp_path, make(14))
+    checkpoint.save(tmp_path, make(13), check_state)
+    checkpoint.save(tmp_path, make(14), check_state)
     stages = 0
 
     def save():
@@ -325,17 +262,17 @@ def test_a_kill_at_any_stage_of_a_save_leaves_a_valid_checkpoint(tmp_path):
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(look)
-        checkpoint.save(tmp_path, make(15))
+        checkpoint.save(tmp_path, make(15), check_state)
 
     while forked(save) == -signal.SIGKILL:
-        found, skipped = checkpoint.load_newest(tmp_path)
+        found, skipped = checkpoint.load_newest(tmp_path, check_state)
         assert not skipped
         step = found.state["global_step"]
         assert step in (14, 15)
         assert found.tensors["network/weight"].eq(step).all()
         if step == 15:  # so that the next one has the same to do
             shutil.rmtree(tmp_path / "step-00000015")
-            checkpoint.save(tmp_path, make(13))
+            checkpoint.save(tmp_path, make(13), check_state)
         stages += 1
     assert stages > 15
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000014", "step-00000015"]
@@ -360,12 +297,12 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(small_disk):
     folder = small_disk(64) / "checkpoints"
-    checkpoint.save(folder, make(13))
+    checkpoint.save(folder, make(13), check_state)
     large = Checkpoint({"network/weight": torch.zeros(100_000)}, make(14).state)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(folder, large)
+        checkpoint.save(folder, large, check_state)
     assert [path.name for path in folder.iterdir()] == ["step-00000013"]
-    assert checkpoint.load_newest(folder)[0].state["global_step"] == 13
+    assert checkpoint.load_newest(folder, check_state)[0].state["global_step"] == 13
 
 
 # The run's folder
@@ -467,128 +404,3 @@ def test_choices_that_are_refused_leave_the_status_of_an_earlier_run(tmp_path):
 
 
 # Resuming
-
-
-OPTIONS = {
-    "recipe": "notebook",
-    "dataset": "digits",
-    "epochs": 3,
-    "dropout": 0.1,
-    "ema_decay": 0.9,
-    "rotation": 7.0,
-    "brightness": 0.4,
-    "step": "eager",
-    "precision": "no",
-    "wandb": "disabled",
-    "threads": 1,
-}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(small_betons, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    run(folder, small_betons)
-    return folder
-
-
-def run(folder, data, stop_at=None, **changes):
-    """Trains in this process; a request to stop comes in the given step."""
-    from mnist_fast.loop import train
-
-    steps = iter(range(1, 1_000))
-    choices = OPTIONS | {"run_dir": str(folder), "data_dir": str(data)} | changes
-    with helpers.single_process(), pytest.MonkeyPatch.context() as patch:
-        if stop_at:
-            patch.setattr(signals, "requested", lambda: next(steps) == stop_at or None)
-        return train(Config(**choices))
-
-
-def same_weights(one, other):
-    ours, theirs = (load_file(folder / "weights.safetensors") for folder in (one, other))
-    return ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
-
-
-@pytest.mark.parametrize(
-    "step", [1, 12, 36, *(pytest.param(step, marks=pytest.mark.slow) for step in (7, 13))]
-)
-def test_a_stopped_run_ends_with_the_same_bits(uninterrupted, small_betons, tmp_path, step):
-    with pytest.raises(Stopped, match=f"at step {step}"):
-        run(tmp_path, small_betons, stop_at=step)
-    assert json.loads((tmp_path / "status.json").read_text())["status"] == "stopped"
-    summary = run(tmp_path, small_betons)
-    assert same_weights(tmp_path, uninterrupted)
-    measured = ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate")
-    for ours, theirs in zip(*map(helpers.read_records, (tmp_path, uninterrupted)), strict=True):
-        assert [ours[key] for key in measured] == [theirs[key] for key in measured]
-    assert summary["best_epoch"] == helpers.read_summary(uninterrupted)["best_epoch"]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("step", ["compiled", "native"])
-def test_a_stopped_run_of_another_step_ends_with_the_same_bits(small_betons, tmp_path, step):
-    changes = {"step": step, "epochs": 2}
-    run(tmp_path / "one", small_betons, **changes)
-    with pytest.raises(Stopped):
-        run(tmp_path / "other", small_betons, stop_at=7, **changes)
-    run(tmp_path / "other", small_betons, **changes)
-    assert same_weights(tmp_path / "one", tmp_path / "other")
-
-
-def test_resuming_between_epochs_gives_the_same_bits(uninterrupted, small_betons, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(uninterrupted, folder)
-    shutil.rmtree(folder / "checkpoints" / "step-00000036")
-    (folder / "weights.safetensors").unlink()
-    run(folder, small_betons)
-    assert same_weights(folder, uninterrupted)
-
-
-def test_a_damaged_newest_checkpoint_is_named_and_passed_over(
-    uninterrupted, small_betons, tmp_path, capsys
-):
-    folder = tmp_path / "run"
-    shutil.copytree(uninterrupted, folder)
-    (folder / "checkpoints" / "step-00000036" / checkpoint.TENSORS).write_bytes(b"")
-    (folder / "weights.safetensors").unlink()
-    run(folder, small_betons)
-    said = capsys.readouterr().out
-    assert "skipped a checkpoint" in said
-    assert f"step-00000036/{checkpoint.TENSORS}: 0 bytes instead of" in said
-    assert same_weights(folder, uninterrupted)
-    assert not checkpoint.load_newest(folder / "checkpoints")[1]
-
-
-def test_nothing_is_promised_before_another_training_is_refused(
-    uninterrupted, small_betons, tmp_path, capsys
-):
-    folder = tmp_path / "run"
-    shutil.copytree(uninterrupted, folder)
-    for path in checkpoint.newest_first(folder / "checkpoints"):
-        (path / checkpoint.TENSORS).write_bytes(b"")
-    with pytest.raises(InputError, match="holds a run with seed 1"):
-        run(folder, small_betons, seed=2)
-    assert "starting from the beginning" not in capsys.readouterr().out
-
-
-def test_another_training_is_refused_in_a_run_folder(uninterrupted, small_betons, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(uninterrupted, folder)
-    for changes in ({"seed": 2}, {"dropout": 0.2}, {"batch_size": 64}, {"resume": "never"}):
-        with pytest.raises(InputError):
-            run(folder, small_betons, **changes)
-    with pytest.raises(InputError, match=r"--resume: .*No such file"):
-        run(folder, small_betons, resume=str(tmp_path / "nothing"))
-
-
-def test_tensors_that_do_not_fit_are_refused(uninterrupted, small_betons, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(uninterrupted, folder)
-    newest = checkpoint.newest_first(folder / "checkpoints")[0]
-    found = checkpoint.load(newest)
-    for name in ("network/layers.0.weight", "optimizer/0/momentum_buffer", "process/0/totals"):
-        shutil.rmtree(newest)
-        odd = {name: torch.zeros(3)}
-        checkpoint.save(folder / "checkpoints", Checkpoint(found.tensors | odd, found.state))
-        with pytest.raises(InputError, match=f"tensor {name}"):
-            run(folder, small_betons)

@@ -10,8 +10,9 @@ import pytest
 import yaml
 from helpers import ROOT, TRAIN, train_script
 
-from mnist_fast import config
-from mnist_fast.config import Config, build_parser, dump, load, read_recipe, recipe_names
+from mnist_fast import cli, config
+from mnist_fast.cli import build_parser, dump, load, read_recipe, recipe_names
+from mnist_fast.config import Config
 from mnist_fast.errors import InputError
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -40,7 +41,7 @@ def refusal(*arguments):
 
 def test_a_recipe_overrides_the_defaults_and_leaves_the_rest():
     chosen = load(["--recipe", "notebook"])
-    recipe = yaml.safe_load((config.RECIPES / "notebook.yaml").read_text())
+    recipe = yaml.safe_load((cli.RECIPES / "notebook.yaml").read_text())
     for name, field in FIELDS.items():
         expected = "notebook" if name == "recipe" else recipe.get(name, field.default)
         assert getattr(chosen, name) == expected, name
@@ -74,7 +75,7 @@ def test_an_option_may_state_the_default_against_the_recipe():
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_loads_and_states_what_it_is(name):
-    recipe = yaml.safe_load((config.RECIPES / f"{name}.yaml").read_text())
+    recipe = yaml.safe_load((cli.RECIPES / f"{name}.yaml").read_text())
     chosen = load(["--recipe", name]).as_dict()
     assert chosen["recipe"] == name
     assert {key: chosen[key] for key in recipe} == recipe
@@ -123,7 +124,6 @@ def test_the_choices_cannot_be_changed_later():
         ("--drop_last", "maybe"),
         ("--precision", "fp8"),
         ("--schedule", "cosine"),
-        ("--network", "resnet"),
         ("--recipe", "absent"),
         ("--recipe", "../recipes/fast"),
     ],
@@ -157,7 +157,7 @@ def test_a_bad_option_is_refused_and_named(arguments):
         ("epochs: !!python/object:os.system {}", "not valid YAML"),
         ("\x00", "not valid YAML"),
         ("a: " + 5000 * "[", "nested too deeply"),
-        ("epochs: 1\nepochs: 2", "'epochs' stands there twice"),
+        ("epochs: 1\nepochs: 2", "duplicate key 'epochs'"),
         ("epochs: 010", "010 is not a whole number"),  # 8 in YAML 1.1
         ("epochs: 1:30", "1:30 is not a whole number"),  # 90
         ("wandb_name: 2020-02-31", "not valid YAML"),
@@ -248,7 +248,7 @@ def test_help_lists_every_option_with_its_default():
 
 def test_every_choice_is_read_somewhere():
     read = set()
-    for path in [TRAIN, *(ROOT / "mnist_fast").glob("*.py")]:
+    for path in [TRAIN, *(ROOT / "mnist_fast").rglob("*.py")]:
         if path.name == "config.py":
             continue
         for node in ast.walk(ast.parse(path.read_text())):

@@ -16,7 +16,8 @@ from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from mnist_fast.config import Config, load
+from mnist_fast.cli import load
+from mnist_fast.config import Config
 from mnist_fast.errors import RunError
 from mnist_fast.loop import train
 from mnist_fast.tracking import SUMMARISED, Tracker

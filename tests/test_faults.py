@@ -327,28 +327,28 @@ def raising():
 
 def tamper_step(action):
     """Does something before the sixth step."""
-    module = importlib.import_module("mnist_fast.step")
-    steps, call = iter(range(1, 10_000)), module.TrainingStep.__call__
+    module = importlib.import_module("mnist_fast.steps.base")
+    steps, call = iter(range(1, 10_000)), module.BackpropStep.run
 
     def tampered(self, *arguments):
         if next(steps) == 6:
             action()
         return call(self, *arguments)
 
-    module.TrainingStep.__call__ = tampered
+    module.BackpropStep.run = tampered
 
 
 def not_a_number():
     """Makes one image of this process's part not a number."""
-    module = importlib.import_module("mnist_fast.step")
-    prepare = module.TrainingStep._prepare_inputs
+    module = importlib.import_module("mnist_fast.steps.base")
+    prepare = module.BackpropStep.inputs
 
     def tampered(self, *arguments):
         inputs = prepare(self, *arguments)
         inputs[0] = float("nan")
         return inputs
 
-    module.TrainingStep._prepare_inputs = tampered
+    module.BackpropStep.inputs = tampered
 
 
 def loader_raises():

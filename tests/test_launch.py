@@ -24,7 +24,8 @@ from helpers import (
 from safetensors.torch import load_file
 
 from mnist_fast import loop
-from mnist_fast.config import Config, load
+from mnist_fast.cli import load
+from mnist_fast.config import Config
 from mnist_fast.runtime import Runtime
 
 # Several processes: the same checks in 2 and 3 processes and in this one

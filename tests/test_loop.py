@@ -20,15 +20,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from data_prep.sources import load_digits
-from mnist_fast import checkpoint, loop
+from mnist_fast import checkpoint, datasets, loop
 from mnist_fast import config as config_module
 from mnist_fast.augment import augment, derive_key
-from mnist_fast.config import load
+from mnist_fast.cli import load
 from mnist_fast.data import epoch_order
 from mnist_fast.errors import InputError, RunError
-from mnist_fast.evaluate import Evaluation
 from mnist_fast.loop import train
 from mnist_fast.model import build_network
+from mnist_fast.records import Evaluation
 from mnist_fast.schedule import learning_rate
 
 
@@ -235,8 +235,8 @@ def test_a_run_is_the_loop_of_a_text_book(small_betons, tmp_path):
 
 def test_held_out_images_take_the_place_of_the_test_set(small_betons, tmp_path, monkeypatch):
     opened = []
-    read_all = loop.read_all
-    monkeypatch.setattr(loop, "read_all", lambda *a: opened.append(a[:2]) or read_all(*a))
+    read_all = datasets.read_all
+    monkeypatch.setattr(datasets, "read_all", lambda *a: opened.append(a[:2]) or read_all(*a))
     summary = run(small_betons, tmp_path, "--validation_split", 337)
     train_beton = small_betons / "train.beton"
     assert opened == [(train_beton, range(1_100)), (train_beton, range(1_100, 1_437))]
@@ -318,7 +318,9 @@ def test_damaged_betons_are_refused(damaged, tmp_path, damage, named):
         (("--validation_split", 1_437), "validation_split 1437 leaves 0 of 1437 .*: hold out"),
         (("--validation_split", 1_436), "validation_split 1436 leaves 1 of 1437 .*: hold out"),
         (("--precision", "fp16"), "fp16 needs a GPU"),
-        (("--step", "captured"), "captured needs a GPU"),
+        (("--step", "captured"), "captured: it needs a GPU"),
+        (("--step", "other"), "--step other: unknown, the modes are auto, eager, .*, fused"),
+        (("--network", "other"), "network other: unknown, the networks are notebook, record"),
         (("--resume", "absent"), "--resume: .*absent"),
     ],
 )
@@ -394,14 +396,14 @@ def test_a_loss_that_is_not_finite_ends_the_run(small_betons, tmp_path):
 
 def test_an_evaluation_that_is_not_finite_ends_the_run(small_betons, tmp_path, monkeypatch):
     """Where the last step of an epoch broke the weights, its own loss was still a number."""
-    train_epoch = loop.Training.train_epoch
+    train_epoch = loop.Run.train_epoch
 
     def break_afterwards(self):
         result = train_epoch(self)
-        self.step.network.layers[0].weight.data.fill_(float("nan"))
+        self.state.network.layers[0].weight.data.fill_(float("nan"))
         return result
 
-    monkeypatch.setattr(loop.Training, "train_epoch", break_afterwards)
+    monkeypatch.setattr(loop.Run, "train_epoch", break_afterwards)
     with pytest.raises(RunError, match="the loss is nan in epoch 1"):
         run(small_betons, tmp_path)
     assert read_records(tmp_path) == []

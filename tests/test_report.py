@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from mnist_fast import report
-from mnist_fast.config import Config, dump, read_recipe
+from mnist_fast.cli import dump, read_recipe
+from mnist_fast.config import Config
 from mnist_fast.errors import InputError
 from mnist_fast.evaluate import Outcome, inspect
 from mnist_fast.model import build_network

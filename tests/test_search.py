@@ -10,12 +10,12 @@ import pytest
 from idx_files import TEST_LABELS, idx_labels, make_samples, write_idx_files
 
 from benchmarks import search, seeds
+from benchmarks.in_turn import train_in_turn
 from mnist_fast import data
-from mnist_fast.config import Config, load
+from mnist_fast.cli import load
+from mnist_fast.config import Config
 from mnist_fast.errors import InputError, RunError, Stopped
-from mnist_fast.evaluate import evaluate
-from mnist_fast.loop import Training
-from mnist_fast.many import train_many
+from mnist_fast.loop import Run
 
 HELD_OUT = 100
 
@@ -37,21 +37,19 @@ def two_test_sets(tmp_path_factory):
 
 def run_loop(config):
     """The evaluation of a short single run, and its weights."""
-    training = Training(config)
+    training = Run(config)
     training.train_epoch()
-    images, labels, count = training.evaluation_set
-    network = training.step.best_network()
-    found = evaluate(network, images, labels, training.runtime, count)
-    return dataclasses.astuple(found), network.state_dict()
+    return dataclasses.astuple(training.evaluate()), training.state.network.state_dict()
 
 
-def run_many(config):
-    """The same of a run side by side."""
-    summaries, together = train_many(config, [1, 2])
-    return [list(s["records"][0].values()) for s in summaries], together.network.state_dict()
+def run_in_turn(config):
+    """The evaluations of two seeds in one program."""
+    keys = ("train_loss", "validation_loss", "test_loss")
+    summaries = list(train_in_turn(config, [1, 2]))
+    return [[s["records"][0].get(key) for key in keys] for s in summaries], {}
 
 
-@pytest.mark.parametrize("run", [run_loop, run_many])
+@pytest.mark.parametrize("run", [run_loop, run_in_turn])
 def test_test_labels_change_nothing(run, two_test_sets, in_process, tmp_path, monkeypatch):
     """With a validation split the test images are not opened, whatever they hold.
 
@@ -93,7 +91,7 @@ def run_search(tmp_path, monkeypatch):
     """Runs the program with a stand-in for training: accuracy by the trial's peak rate."""
     trained = []
 
-    def stand_in(experiment, wanted, _side_by_side, _choices, watch):
+    def stand_in(experiment, wanted, _in_one, _choices, watch):
         trained.append(experiment)
         config = experiment.config
         quality = 99.5 - abs(config.learning_rate - 0.1)

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from benchmarks import seeds
-from mnist_fast import many, signals
+from mnist_fast import signals
 from mnist_fast.errors import InputError, RunError, Stopped
 
 QUICK = ["--dataset", "digits", "--epochs", "1", "--batch_size", "64", "--precision", "no"]
@@ -26,7 +26,7 @@ def soon(seconds=60.0):
 
 
 def choices(**changes):
-    usual = {"seed_timeout": 100.0, "time_limit": 100.0, "parallel": 1, "group": 32}
+    usual = {"seed_timeout": 100.0, "time_limit": 100.0, "parallel": 1}
     return argparse.Namespace(**(usual | changes))
 
 
@@ -203,10 +203,8 @@ def test_failed_seeds_are_an_error(tmp_path, monkeypatch):
         seeds.train_seeds(experiment, [1], False, choices())
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_one_program_to_report(fused, small_betons, in_process, tmp_path, monkeypatch, capsys):
+def test_one_program_to_report(small_betons, in_process, tmp_path, monkeypatch, capsys):
     """The whole way, with the program of all seeds in this process instead of in its own."""
-    monkeypatch.setattr(many, "fuses", lambda _: fused)  # side by side, or one after another
     options = [*QUICK, "--data_dir", str(small_betons)]
 
     def here(jobs, *_):
@@ -216,7 +214,7 @@ def test_one_program_to_report(fused, small_betons, in_process, tmp_path, monkey
         return []
 
     monkeypatch.setattr(seeds, "run_jobs", here)
-    arguments = ["--recipe", "fast", "--seeds", "2", "--first", "4", "--side_by_side", "true"]
+    arguments = ["--recipe", "fast", "--seeds", "2", "--first", "4", "--one_program", "true"]
     folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--name", "x"]
     monkeypatch.setattr(sys, "argv", ["seeds.py", *arguments, *folders, *options])
     assert seeds.main() == 0
@@ -224,39 +222,8 @@ def test_one_program_to_report(fused, small_betons, in_process, tmp_path, monkey
     report = json.loads(text)
     assert [run["seed"] for run in report["runs"]] == [4, 5]
     assert report["accuracy"]["n"] == 2
-    assert report["side_by_side"] == (None if fused else 2)
     assert report["evaluated_on"] == "validation"
     assert str(tmp_path) not in text
     assert str(small_betons) not in text
     assert (tmp_path / "seeds-x.png").stat().st_size > 1000
     assert "n = 2 seeds, last epoch" in capsys.readouterr().out
-
-
-def test_comparison_tells_both_times_and_distributions(tmp_path, monkeypatch, capsys):
-    """With stand-ins for the runs: 4 s of training each alone, all in 8 s side by side."""
-
-    def stand_in(jobs, *_):
-        for job in jobs:
-            together = len(job.seeds) > 1
-            for seed in job.seeds:
-                folder = job.log.parent / f"seed-{seed}"
-                folder.mkdir(parents=True)
-                summary = {"test_accuracy": 99.5 + seed / 100, "test_loss": 0.02, "best_epoch": 1}
-                summary |= {"dataset": "mnist", "parameters": 7640, "device": "GPU", "seed": seed}
-                summary |= {"precision": "bf16", "train_seconds": 8.0 if together else 4.0}
-                summary |= {"side_by_side": len(job.seeds)} if together else {}
-                (folder / "summary.json").write_text(json.dumps(summary))
-            job.log.with_suffix(".seconds").write_text("20" if together else "10")
-        return []
-
-    monkeypatch.setattr(seeds, "run_jobs", stand_in)
-    monkeypatch.setattr(seeds, "count_gpus", lambda: 1)
-    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path), "--name", "x"]
-    monkeypatch.setattr(sys, "argv", ["x", "--compare_side_by_side", "--seeds", "6", *folders])
-    assert seeds.main() == 0
-    report = json.loads((tmp_path / "side-by-side-x.json").read_text())["comparison"]
-    assert report["train_seconds"] == pytest.approx([24.0, 8.0])
-    assert report["train_speedup"] == pytest.approx(3.0)
-    assert report["wall_seconds"] == pytest.approx([60.0, 20.0])
-    assert report["welch_p"] == pytest.approx(1.0)
-    assert "3.00 times as fast" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from mnist_fast.config import Config
 from mnist_fast.data import Sharding, StreamFeed
 from mnist_fast.model import build_network
 from mnist_fast.runtime import Runtime
-from mnist_fast.step import TrainingStep
+from stepping import Trained
 
 def anonymous():
     for line in open("/proc/self/status"):
@@ -39,7 +39,7 @@ def train(path, samples, steps):
     config = Config(step="eager", precision="no", dropout=0.0)
     runtime, sharding = Runtime(config), Sharding(samples, 128, drop_last=False)
     feed = StreamFeed(pathlib.Path(path), sharding, 1, runtime.device)
-    step = TrainingStep(config, build_network(), runtime, sharding)
+    step = Trained(config, build_network(), runtime, sharding)
     step.start_epoch(0)
     batches = feed.epoch(0)
     for _ in range(steps):
@@ -123,7 +123,12 @@ def test_six_million_images_take_less_than_a_gigabyte(small_betons, tmp_path):
         assert samples > 6e6
         assert large.stat().st_size > 4.7e9
         arguments = ("-c", PROGRAM, small, large, samples, STEPS)
-        done = helpers.launch(sys.executable, *arguments, cwd=helpers.ROOT, timeout=600)
+        done = helpers.launch(
+            *(sys.executable, *arguments),
+            cwd=helpers.ROOT,
+            timeout=600,
+            environment=helpers.TESTS_ON_PATH,
+        )
     finally:
         large.unlink(missing_ok=True)
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+PREFLIGHT = ROOT / "mnist_fast" / "preflight.py"
 TARGETS = ["setup", "train", "test", "test-slow", "test-all", "lint", "format", "bench", "clean"]
 
 
@@ -37,7 +38,7 @@ def tracked_files():
 
 
 def load_preflight():
-    spec = importlib.util.spec_from_file_location("preflight", ROOT / "scripts" / "preflight.py")
+    spec = importlib.util.spec_from_file_location("preflight", PREFLIGHT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -115,7 +116,9 @@ def toy_clone(tmp_path):
     shutil.copy(ROOT / "scripts" / "setup.sh", clone / "scripts")
     for name in ("pyproject.toml", "uv.lock"):
         (clone / name).write_text("toy\n")
-    (clone / "scripts" / "preflight.py").write_text("")
+    (clone / "mnist_fast").mkdir()
+    for name in ("__init__.py", "preflight.py"):
+        (clone / "mnist_fast" / name).write_text("")
     uv = clone / "uv"
     uv.write_text(
         "#!/bin/sh\n"
@@ -179,7 +182,7 @@ def test_setup_finishes_an_environment_that_was_left_half_made(toy_clone):
 
 def test_setup_tries_once_with_a_new_environment_when_a_library_is_broken(toy_clone):
     set_up(toy_clone)
-    (toy_clone / "scripts" / "preflight.py").write_text("import sys; sys.exit(2)")
+    (toy_clone / "mnist_fast" / "preflight.py").write_text("import sys; sys.exit(2)")
     (toy_clone / ".venv" / "leftover").touch()
     done, calls = set_up(toy_clone)
     assert done.returncode == 2
@@ -213,7 +216,7 @@ def preflight(tmp_path, files, *arguments):
     for name, source in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(source)
-    script = ROOT / "scripts" / "preflight.py"
+    script = PREFLIGHT
     return run(sys.executable, script, *arguments, env={"PYTHONPATH": str(tmp_path)})
 
 
@@ -273,6 +276,21 @@ def test_quick_preflight_finds_what_is_missing_without_importing(tmp_path):
 
 def test_quick_preflight_is_content_here():
     assert load_preflight().missing_libraries(quick=True) == []
+
+
+def test_a_package_named_scripts_hides_nothing(tmp_path):
+    """There are several on PyPI."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "__init__.py").write_text("raise ImportError('another scripts')")
+    done = run(sys.executable, ROOT / "train.py", "--help", env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+
+
+def test_it_is_an_installed_package(tmp_path):
+    """Its modules are found from any folder, with no help from PYTHONPATH."""
+    done = run(sys.executable, "-m", "mnist_fast.model", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "7,640" in done.stdout
 
 
 # The launch configuration

@@ -12,7 +12,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from wandb_file import BLOCK, Damaged
 
 from mnist_fast import tracking
-from mnist_fast.config import load
+from mnist_fast.cli import load
 from mnist_fast.loop import train
 
 

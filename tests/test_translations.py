@@ -8,7 +8,7 @@ from torchvision.transforms import functional
 
 from mnist_fast.config import Config
 from mnist_fast.evaluate import evaluate, predict, predict_translated
-from mnist_fast.loop import Training
+from mnist_fast.loop import Run
 from mnist_fast.model import build_network
 
 
@@ -53,14 +53,13 @@ def test_a_summary_tells_them_apart(small_betons, in_process, tmp_path):
         wandb="disabled",
         tta=1,
     )
-    training = Training(config)
+    training = Run(config)
     record = {"epoch": 1, "validation_accuracy": 1.0, "validation_loss": 2.0}
     record |= {"epoch_seconds": 1.0, "images_per_second": 1.0}
-    training.position.records.append(record)
+    training.progress.records.append(record)
     summary = training.summarise()
-    images, labels, count = training.evaluation_set
-    network = training.step.best_network()
-    expected = evaluate(network, images, labels, training.runtime, count, 1)
+    held_out, network = training.evaluation_set, training.state.best_network()
+    expected = evaluate(network, *held_out.part, training.runtime, held_out.total, 1)
     assert summary["validation_accuracy_tta"] == expected.accuracy
     assert summary["validation_loss_tta"] == expected.loss
     assert summary["validation_accuracy"] == 1.0  # the plain pass's, untouched

@@ -1,4 +1,4 @@
-"""The fused step against torch. fused_emulated.cpp runs the GPU's threads as the system's."""
+"""The fused step against torch. hopper_emulated.cpp runs the GPU's threads as the system's."""
 
 import copy
 import ctypes
@@ -10,16 +10,22 @@ import subprocess
 import pytest
 import torch
 from helpers import ROOT
+from stepping import Trained, plan_of
 from torch import nn
 
-from mnist_fast import augment, fused
-from mnist_fast.config import Config, load
+from mnist_fast import augment
+from mnist_fast.cli import load
+from mnist_fast.config import Config
 from mnist_fast.data import Batch, ResidentFeed, Sharding
 from mnist_fast.errors import InputError
+from mnist_fast.kernels import abi, build, hopper
 from mnist_fast.model import NETWORKS, Dropout, build_network
-from mnist_fast.muon import Muon
+from mnist_fast.optim import Muon
 from mnist_fast.runtime import Runtime
-from mnist_fast.step import TrainingStep, resolve_mode, sum_of_losses
+from mnist_fast.steps import Job, Settings, TrainState
+from mnist_fast.steps.base import sum_of_losses
+from mnist_fast.steps.eager import EagerStep
+from mnist_fast.steps.fused import FusedStep
 
 pytestmark = [
     pytest.mark.timeout(240),
@@ -30,15 +36,15 @@ RULES = {"sgd": torch.optim.SGD, "muon": Muon}
 
 
 class Emulated:
-    """Stands for `fused.Kernel` on CPUs, with 3 threads per block."""
+    """Stands for `hopper.Kernel` on CPUs, with 3 threads per block."""
 
     def __init__(self, network, images, folder):
         self.images = images
-        (folder / "prelude.h").write_text(fused.prelude(network, images, threads=3))
-        library = folder / "fused.so"
+        (folder / "prelude.h").write_text(hopper.prelude(network, images, threads=3))
+        library = folder / "hopper.so"
         command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread"]
         command += ["-include", folder / "prelude.h", "-o", library]
-        subprocess.run([*command, ROOT / "tests/fused_emulated.cpp"], check=True, timeout=120)
+        subprocess.run([*command, ROOT / "tests/hopper_emulated.cpp"], check=True, timeout=120)
         self._library = ctypes.CDLL(str(library))
         self.packed = self._library.count_packed()
 
@@ -53,7 +59,7 @@ class Emulated:
 def load_kernel(tmp_path_factory):
     @functools.cache
     def loaded(name, dropout, images):
-        folder = tmp_path_factory.mktemp("fused")
+        folder = tmp_path_factory.mktemp("hopper")
         return Emulated(build_network(name, dropout), images, folder)
 
     return loaded
@@ -61,9 +67,11 @@ def load_kernel(tmp_path_factory):
 
 @pytest.fixture
 def emulated(monkeypatch, load_kernel):
-    """Fused steps can be had, on CPUs."""
-    monkeypatch.setattr(fused, "obstacle", lambda *_: "")
-    monkeypatch.setattr(fused, "load_kernel", load_kernel)
+    """Fused steps can be had, on CPUs, with the network `record`."""
+    monkeypatch.setattr(hopper, "unsupported_gpu", lambda *_: None)
+    monkeypatch.setattr(FusedStep, "devices", frozenset({"cpu"}))
+    kernel = load_kernel("record", 0.0, BATCH)
+    monkeypatch.setattr(hopper, "try_kernel", lambda *_: (kernel, ""))
     return load_kernel
 
 
@@ -85,14 +93,22 @@ def built(name):
     return network.train()
 
 
-def take_step(config, network, kernel, batch, key=5, position=0):
-    """One step on inputs as they are; totals and the step."""
-    totals = torch.zeros(3, dtype=torch.float64)
-    step = fused.FusedStep(config, network, kernel, totals)
+def step_of(config, network, images=BATCH, device="cpu"):
+    """A fused step of a network, and its state."""
+    sharding = Sharding(60_000, images, True)
+    job = Job(config, copy.deepcopy(network).cpu(), torch.device(device), "no", sharding)
+    state = TrainState(config, network, torch.device(device))
+    return FusedStep(job, state, None), state
+
+
+def take_step(monkeypatch, config, network, kernel, batch, key=5, position=0):
+    """One step on inputs as they are; totals."""
+    monkeypatch.setattr(hopper, "try_kernel", lambda *_: (kernel, ""))
+    step, state = step_of(config, network)
     inputs, labels = batch
     given = Batch(torch.empty(0, dtype=torch.uint8), labels, None, position, len(labels))
-    step(given, inputs, config.learning_rate, (1, key), False)
-    return totals.tolist()
+    step.launch(given, inputs, Settings(config.learning_rate, 1, key, augmented=False))
+    return state.totals.tolist()
 
 
 def assert_near(network, reference, largest_gradient):
@@ -108,7 +124,7 @@ def assert_near(network, reference, largest_gradient):
 @pytest.mark.parametrize("optimizer", RULES)
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_step_is_torchs(name, smoothing, optimizer, batch, load_kernel):
+def test_a_step_is_torchs(name, smoothing, optimizer, batch, load_kernel, monkeypatch):
     network = built(name)
     reference = copy.deepcopy(network).double()
     config = Config(
@@ -118,7 +134,8 @@ def test_a_step_is_torchs(name, smoothing, optimizer, batch, load_kernel):
         weight_decay=0.01,
         nesterov=smoothing > 0,
     )
-    totals = take_step(config, network, load_kernel(name, 0.0, BATCH), batch)
+    kernel = load_kernel(name, 0.0, BATCH)
+    totals = take_step(monkeypatch, config, network, kernel, batch)
 
     scores = reference.layers(batch[0].double()).flatten(1).log_softmax(1)
     loss = sum_of_losses(scores, batch[1], smoothing)
@@ -145,7 +162,7 @@ class Fixed(nn.Module):
 
 
 def factors_of(index, shape, probability, key, position):
-    """What fused.cu's `dropout` gives for a layer's units (channels, size, size)."""
+    """What hopper.cu's `dropout` gives for a layer's units (channels, size, size)."""
     mask = 0xFFFFFFFF
 
     def mix(value):
@@ -157,7 +174,7 @@ def factors_of(index, shape, probability, key, position):
     return ((draws >= int(probability * 2**32)) / (1 - probability)).view(shape)
 
 
-def test_dropout_drops_as_the_hash_says_forward_and_backward(batch, load_kernel):
+def test_dropout_drops_as_the_hash_says_forward_and_backward(batch, load_kernel, monkeypatch):
     probability = 0.25
     network = built("record")
     dropped = copy.deepcopy(network).double()
@@ -172,7 +189,8 @@ def test_dropout_drops_as_the_hash_says_forward_and_backward(batch, load_kernel)
             dropped.layers[place] = Fixed(factors)
     network = built("record")
     kernel = load_kernel("record", probability, BATCH)
-    take_step(Config(learning_rate=0.0), network, kernel, batch, 99 << 33 | 7, 40)
+    config = Config(learning_rate=0.0)
+    take_step(monkeypatch, config, network, kernel, batch, 99 << 33 | 7, 40)
 
     assert all(abs(share - probability) < 0.01 for share in shares), shares
     scores = dropped.layers(batch[0].double()).flatten(1).log_softmax(1)
@@ -199,8 +217,8 @@ def trained(options, pool, mode="fused", epochs=(0, 1), state=None):
     sharding = Sharding(POOL, BATCH, False)
     feed = ResidentFeed(*pool, sharding, 1)
     runtime.seed(1)
-    step = TrainingStep(config, build_network(config.network), runtime, sharding)
-    assert step.mode == mode
+    modes = {"fused": FusedStep, "eager": EagerStep}
+    step = Trained(config, build_network(config.network), runtime, sharding, modes[mode])
     if state is not None:
         step.load_state(state)
     step.warm_up(feed.example())
@@ -284,141 +302,132 @@ class Gpu:
 
 @pytest.fixture
 def large_gpu(monkeypatch):
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    monkeypatch.setattr(fused, "_has_bindings", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(hopper, "_has_bindings", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+    monkeypatch.setattr(build, "why_no_inductor", lambda _: None)
+    monkeypatch.setattr(hopper, "try_kernel", lambda *_: ("kernel", ""))
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+
+def reason_against(config, images, processes=1):
+    sharding = Sharding(60_000, images * processes, True, world_size=processes)
+    job = Job(config, build_network(), torch.device("cuda"), "no", sharding)
+    return FusedStep.unsupported_reason(job)
 
 
 def test_what_stands_against_it_is_said(large_gpu, monkeypatch):
-    assert fused.obstacle(Config(), 128, 1) == ""
-    assert "132 multiprocessors for 256" in fused.obstacle(Config(), 256, 1)
-    assert "one process" in fused.obstacle(Config(), 64, 2)
-    assert fused.obstacle(Config(optimizer="muon"), 128, 1) == ""
-    assert "SGD and Muon alone" in fused.obstacle(Config(ema_decay=0.9), 64, 1)
-    assert "SGD and Muon alone" in fused.obstacle(Config(optimizer="adamw"), 64, 1)
+    assert reason_against(Config(), 128) is None
+    assert "132 multiprocessors for 256" in reason_against(Config(), 256)
+    assert "one process" in reason_against(Config(), 64, 2)
+    assert reason_against(Config(optimizer="muon"), 128) is None
+    assert "does not average weights" in reason_against(Config(ema_decay=0.9), 64)
+    assert "SGD and Muon, not adamw" in reason_against(Config(optimizer="adamw"), 64)
     monkeypatch.setattr(Gpu, "shared_memory_per_block_optin", 99 * 1024)
-    assert "too little shared memory" in fused.obstacle(Config(), 128, 1)
-    monkeypatch.setattr(fused, "_has_bindings", lambda: False)
-    assert "cuda-bindings" in fused.obstacle(Config(), 128, 1)
-
-
-@pytest.mark.parametrize(("told", "fuses"), [("False", True), ("0", True), ("True", False)])
-def test_a_launcher_may_ask_for_the_cpu(large_gpu, monkeypatch, told, fuses):
-    """`accelerate launch` says False where nobody asked."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", told)
-    assert fused.obstacle(Config(), 128, 1) == ("" if fuses else "it needs a GPU")
-
-
-def test_what_rules_it_out_is_told_before_the_precision(large_gpu):
-    with pytest.raises(InputError, match="--step fused: this GPU has 132 multiprocessors for 256"):
-        resolve_mode(Config(step="fused"), "bf16", Sharding(60_000, 256, True))
+    assert "too little shared memory" in reason_against(Config(), 128)
+    monkeypatch.setattr(hopper, "_has_bindings", lambda: False)
+    assert "cuda-bindings" in reason_against(Config(), 128)
 
 
 @pytest.mark.parametrize(
-    ("choices", "precision", "size", "mode"),
+    ("choices", "size", "mode", "precision"),
     [
-        ({}, "no", 128, "fused"),
-        ({"epochs": 1}, "no", 128, "fused"),
-        ({}, "bf16", 128, "captured"),
-        ({}, "no", 512, "captured"),
-        ({"ema_decay": 0.99}, "no", 128, "captured"),
-        ({"step": "captured"}, "no", 128, "captured"),
+        ({}, 128, "fused", "no"),
+        ({"epochs": 1}, 128, "fused", "no"),
+        ({"precision": "bf16"}, 128, "captured", "bf16"),
+        ({}, 512, "captured", "bf16"),
+        ({"ema_decay": 0.99}, 128, "captured", "bf16"),
+        ({"step": "captured"}, 128, "captured", "bf16"),
+        ({"step": "captured", "precision": "no"}, 128, "captured", "no"),
     ],
 )
-def test_auto_fuses_where_it_can(large_gpu, monkeypatch, choices, precision, size, mode):
-    monkeypatch.setattr(fused, "load_kernel", lambda *_: "kernel")
+def test_auto_fuses_where_it_can_and_takes_bf16_elsewhere(
+    large_gpu, choices, size, mode, precision
+):
     config = dataclasses.replace(Config(batch_size=size), **choices)
-    assert resolve_mode(config, precision, Sharding(60_000, size, True)) == mode
+    found = plan_of(config, Sharding(60_000, size, True), "cuda")
+    assert (found.mode.name, found.job.precision) == (mode, precision)
 
 
-def test_auto_precision_is_float32_where_steps_are_fused(large_gpu, monkeypatch):
-    from mnist_fast.runtime import resolve_precision
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    assert resolve_precision("auto", fuses=True) == "no"
-    assert resolve_precision("auto", fuses=False) == "bf16"
+def test_the_launchers_precision_comes_before_auto(large_gpu, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert resolve_precision("auto", fuses=True) == "bf16"
+    found = plan_of(Config(), Sharding(60_000, 128, True), "cuda")
+    assert (found.mode.name, found.job.precision) == ("captured", "bf16")
+    assert "fused, because it does not support bf16" in found.describe()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(InputError, match="is fp8, from the launcher: use --mixed_precision bf16"):
-        resolve_precision("auto")
-
-
-@pytest.mark.parametrize(("told", "fuses"), [("1", True), ("0", True), ("2", False)])
-def test_the_number_of_processes_is_read_carefully(large_gpu, monkeypatch, told, fuses):
-    from mnist_fast.runtime import may_fuse
-
-    monkeypatch.setenv("WORLD_SIZE", told)
-    assert may_fuse(Config()) == fuses
-    assert not may_fuse(Config(precision="bf16"))
-    assert not may_fuse(Config(step="eager"))
-    monkeypatch.setenv("WORLD_SIZE", "many")
-    with pytest.raises(InputError, match="WORLD_SIZE is many: set it"):
-        may_fuse(Config())
+        plan_of(Config(), Sharding(60_000, 128, True), "cuda")
 
 
 @pytest.mark.parametrize(
-    ("precision", "loads", "words"),
-    [("bf16", True, "it computes in float32"), ("no", False, "the kernel cannot be compiled here")],
+    ("choices", "size", "words"),
+    [
+        ({"precision": "bf16"}, 128, "it does not support bf16"),
+        ({}, 256, "this GPU has 132 multiprocessors for 256"),
+    ],
 )
-def test_it_is_refused_in_one_line(large_gpu, monkeypatch, precision, loads, words):
-    monkeypatch.setattr(fused, "load_kernel", lambda *_: loads)
-    with pytest.raises(InputError, match=f"--step fused: {words}.*: use captured, eager or auto"):
-        resolve_mode(Config(step="fused"), precision, Sharding(60_000, 128, True))
+def test_it_is_refused_in_one_line(large_gpu, choices, size, words):
+    config = Config(step="fused", batch_size=size, **choices)
+    with pytest.raises(InputError, match=f"--step fused: {words}.*: use --step auto"):
+        plan_of(config, Sharding(60_000, size, True), "cuda")
+
+
+def test_a_kernel_that_does_not_compile_is_passed_over(large_gpu, monkeypatch):
+    monkeypatch.setattr(hopper, "try_kernel", lambda *_: (None, "the kernel cannot be compiled"))
+    found = plan_of(Config(), Sharding(60_000, 128, True), "cuda")
+    assert found.mode.name == "captured"
+    assert "fused, because the kernel cannot be compiled" in found.describe()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_without_a_gpu_it_is_refused_or_left_out(capsys):
-    sharding = Sharding(60_000, 128, True)
-    with pytest.raises(InputError, match="--step fused: it needs a GPU: use native, eager or auto"):
-        resolve_mode(Config(step="fused"), "no", sharding)
-    fused.load_kernel.cache_clear()
-    assert fused.load_kernel("notebook", 0.0, 128) is None
-    assert "step: no fused kernel on this machine: " in capsys.readouterr().out
+def test_without_a_gpu_it_is_refused_and_not_compiled():
+    with pytest.raises(InputError, match="--step fused: it needs a GPU: use --step auto"):
+        plan_of(Config(step="fused"), Sharding(60_000, 128, True))
+    hopper._load.cache_clear()
+    kernel, reason = hopper.try_kernel(build_network(), 128)
+    assert kernel is None
+    assert reason.startswith("the kernel cannot be compiled: ")
 
 
 def test_networks_that_it_does_not_know_are_refused():
     from mnist_fast.model import Network, conv
 
-    with pytest.raises(ValueError, match="all layers but the last one need a BatchNorm"):
-        fused.prelude(Network([conv(1, 8, 3), nn.ReLU(), conv(8, 10, 1)]), 8)
+    with pytest.raises(abi.UnsupportedNetwork, match="all layers but the last one"):
+        hopper.prelude(Network([conv(1, 8, 3), nn.ReLU(), conv(8, 10, 1)]), 8)
     wide = Network([conv(1, 65, 3), nn.BatchNorm2d(65), conv(65, 10, 1)])
-    with pytest.raises(ValueError, match="more than 64 channels"):
-        fused.prelude(wide, 8)
+    with pytest.raises(abi.UnsupportedNetwork, match="more than 64 channels"):
+        hopper.prelude(wide, 8)
 
 
 @pytest.fixture
-def hopper(monkeypatch, tmp_path):
+def nvrtc(monkeypatch, tmp_path):
     """The compiler for GPUs, which needs none, with an empty cache."""
     pytest.importorskip("cuda.bindings")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
-def test_it_compiles_for_gpus_once(hopper, monkeypatch, name):
-    text = fused.prelude(build_network(name, 0.1), 128) + fused.SOURCE.read_text()
-    code = fused.compile_source(text)
+def test_it_compiles_for_gpus_once(nvrtc, monkeypatch, name):
+    text = hopper.prelude(build_network(name, 0.1), 128) + hopper.SOURCE.read_text()
+    code = build.compile_cuda(text)
     assert code.startswith(b"\x7fELF")
-    monkeypatch.setattr(fused, "_compile", lambda *_: pytest.fail("compiled again"))
-    assert fused.compile_source(text) == code
-    monkeypatch.setattr(fused, "_compile", lambda *_: b"new")
-    assert fused.compile_source(text, anew=True) == fused.compile_source(text) == b"new"
+    monkeypatch.setattr(build, "_compile_cuda", lambda *_: pytest.fail("compiled again"))
+    assert build.compile_cuda(text) == code
+    monkeypatch.setattr(build, "_compile_cuda", lambda *_: b"new")
+    assert build.compile_cuda(text, force=True) == build.compile_cuda(text) == b"new"
 
 
-def test_without_a_cache_it_is_compiled_each_time(hopper, monkeypatch, tmp_path):
-    (tmp_path / ".cache").write_text("in the way of the folder")
-    monkeypatch.setattr(fused, "_compile", lambda *_: b"code")
-    assert fused.compile_source("text") == b"code"
+def test_without_a_cache_it_is_compiled_each_time(nvrtc, monkeypatch, tmp_path):
+    (tmp_path / "cache").write_text("in the way of the folder")
+    monkeypatch.setattr(build, "_compile_cuda", lambda *_: b"code")
+    assert build.compile_cuda("text") == b"code"
 
 
-def test_code_that_does_not_compile_is_told(hopper):
-    with pytest.raises(RuntimeError, match="error"):
-        fused.compile_source("this is no program")
+def test_code_that_does_not_compile_is_told(nvrtc):
+    with pytest.raises(build.BuildError, match="error"):
+        build.compile_cuda("this is no program")
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -426,16 +435,14 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 def set_up_on_gpu(name, batch, config):
     """Network and step on the GPU, the network's copy in float64 on the CPU, batch and inputs."""
-    if fused.obstacle(config, BATCH, 1):
-        pytest.skip(fused.obstacle(config, BATCH, 1))
+    if reason := hopper.unsupported_gpu(torch.device("cuda"), BATCH):
+        pytest.skip(reason)
     network = built(name)
     reference = copy.deepcopy(network).double()
     inputs, labels = (tensor.cuda() for tensor in batch)
-    totals = torch.zeros(3, dtype=torch.float64, device="cuda")
-    kernel = fused.load_kernel(name, 0.0, BATCH)
-    step = fused.FusedStep(config, network.cuda(), kernel, totals)
+    step, state = step_of(config, network, device="cuda")
     given = Batch(torch.empty(0, dtype=torch.uint8), labels, None, 0, BATCH)
-    return network, step, reference, given, inputs
+    return state.network, step, reference, given, inputs
 
 
 def backpropagate(reference, batch):
@@ -448,7 +455,7 @@ def backpropagate(reference, batch):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_step_on_a_gpu_is_torchs(name, batch):
     network, step, reference, given, inputs = set_up_on_gpu(name, batch, Config())
-    step(given, inputs, 0.0, (1, 5), False)
+    step.launch(given, inputs, Settings(0.0, 1, 5, augmented=False))
     backpropagate(reference, batch)
     largest = max(p.grad.abs().max() for p in reference.parameters())
     gradients = [parameter.grad.cpu() for parameter in network.parameters()]
@@ -466,7 +473,7 @@ def test_two_steps_on_a_gpu_are_torchs(name, optimizer, batch):
     network, step, reference, given, inputs = set_up_on_gpu(name, batch, config)
     theirs = RULES[optimizer](reference.parameters(), lr=0.01, momentum=0.9, nesterov=False)
     for _ in range(2):
-        step(given, inputs, 0.01, (1, 5), False)
+        step.launch(given, inputs, Settings(0.01, 1, 5, augmented=False))
         theirs.zero_grad()
         backpropagate(reference, batch)
         theirs.step()

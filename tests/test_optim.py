@@ -1,4 +1,4 @@
-"""Muon: orthogonal updates, momentum as in SGD, and many networks in one."""
+"""Muon: orthogonal updates, and momentum as in SGD."""
 
 import math
 
@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mnist_fast.many import WideNetwork
 from mnist_fast.model import build_network
-from mnist_fast.muon import Muon, orthogonalise
+from mnist_fast.optim import Muon, orthogonalise
 
 SHAPES = [(8, 9), (16, 72), (32, 24), (10, 16), (1, 5), (5, 1)]
 
@@ -74,24 +73,3 @@ def test_weight_decay_does_not_depend_on_gradients():
     weight.grad = torch.zeros_like(weight)
     optimizer.step()
     torch.testing.assert_close(weight.data, torch.full((3, 4), 0.95))
-
-
-def test_networks_side_by_side_move_as_each_alone():
-    torch.manual_seed(0)
-    networks = [build_network() for _ in range(3)]
-    wide = WideNetwork(networks)
-    together = Muon(wide.parameters(), 0.1, networks=3)
-    alone = [Muon(network.parameters(), 0.1) for network in networks]
-    for _ in range(2):
-        for parameter, *own in zip(
-            wide.parameters(), *(network.parameters() for network in networks), strict=True
-        ):
-            parameter.grad = torch.randn_like(parameter)
-            for part, single in zip(parameter.grad.chunk(3), own, strict=True):
-                single.grad = part.clone()
-        together.step()
-        for optimizer in alone:
-            optimizer.step()
-    for index, network in enumerate(networks):
-        for key, tensor in wide.state_of(index).items():
-            torch.testing.assert_close(tensor, network.state_dict()[key], msg=key)

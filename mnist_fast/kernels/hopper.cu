@@ -1,5 +1,5 @@
-// A whole training step as one kernel: gather, augmentation, forward and backward pass, SGD or Muon. fused.py compiles
-// this file for one network and describes what it passes.
+// A whole training step as one kernel: gather, augmentation, forward and backward pass, SGD or Muon. hopper.py compiles
+// this file for one network; abi.py has the same structs.
 //
 // Each thread block has one image, whose activations stay in the block's shared memory from the forward to the backward
 // pass; all blocks run at the same time. They meet where the batch matters: for BatchNorm's sums of each layer, forward
@@ -10,11 +10,11 @@
 // and its ReLU give. On the way back the latter is replaced by its gradient, and the former by the gradient of what
 // the layer before gives.
 //
-// What fused.py puts before: NETWORK, the layers; THREADS of a block; BLOCKS, the most there are; augment.h.
+// hopper.py puts before it: NETWORK, the layers; THREADS of a block; BLOCKS, the most there are; augment.h.
 
 enum Pool { NONE, MAX, AVERAGE };
 
-// One layer; the same fields stand in native.py, up to the pointers.
+// One layer; abi.py has the same fields as LAYER_SHAPE.
 struct Layer {
   int inputs, outputs, kernel, padding, input_size;
   int normalises, relu_before, relu_after, pool, window;
@@ -52,7 +52,7 @@ struct alignas(16) Word {
 // (2 COUNT + 2, MOST_CHANNELS, BLOCKS) are memory to work in. packed: the weights as the convolutions read them, twice,
 // and places (2, parameters) where each stands therein, -1 for what is no weight; `pack` writes both. Keys: of the
 // epoch's draws. weight: factor of the loss; ticket: differs from launch to launch; augmented: whether images are.
-struct Arguments {
+struct HopperArguments {
   const unsigned char *images;
   const i64 *labels, *rows;
   const float *inputs, *basis;
@@ -178,17 +178,17 @@ constexpr int value_place(int index) {
   return input_place(index) + four(layer.inputs * layer.padded() * layer.padded());
 }
 constexpr int WEIGHTS = input_place(COUNT) + 4;
-constexpr int weights_room() {
-  int room = 0;
+constexpr int weights_floats() {
+  int floats = 0;
   for (Layer layer : LAYERS)
-    room = most(room, most(packed_size(layer, false), packed_size(layer, true)));
-  return room;
+    floats = most(floats, most(packed_size(layer, false), packed_size(layer, true)));
+  return floats;
 }
 // Of each layer: `factor` and `offset`, which turn values into BatchNorm's results; their mean and 1 / standard
 // deviation, `centre` and `inverse`; the means of the gradient and of its product with the normalised values, `mean`
 // and `slope`.
 enum Fact { FACTOR, OFFSET, CENTRE, INVERSE, MEAN, SLOPE, FACTS };
-constexpr int FACTS_PLACE = WEIGHTS + weights_room();
+constexpr int FACTS_PLACE = WEIGHTS + weights_floats();
 constexpr int fact_place(int index) {
   int place = FACTS_PLACE;
   for (int i = 0; i < index; i++) place += FACTS * LAYERS[i].outputs;
@@ -202,23 +202,23 @@ constexpr int tiles(Layer layer) { return cut(layer.outputs, TILE_OUTPUTS) * cut
 constexpr int splits(Layer layer) { return most(1, least(WARPS / tiles(layer), cut(layer.pixels(), WARP))); }
 constexpr int COLUMNS = least(64, THREADS);   // of the last sums over blocks
 constexpr int ROWS = THREADS / COLUMNS;
-constexpr int scratch_room() {
-  int room = most(SIDE * SIDE + DRAWS + WARPS + (2 * POINTS + SIDE) * POINTS, ROWS * COLUMNS);
+constexpr int scratch_floats() {
+  int floats = most(SIDE * SIDE + DRAWS + WARPS + (2 * POINTS + SIDE) * POINTS, ROWS * COLUMNS);
   for (Layer layer : LAYERS)
-    if (splits(layer) > 1) room = most(room, splits(layer) * layer.weights());
-  return room;
+    if (splits(layer) > 1) floats = most(floats, splits(layer) * layer.weights());
+  return floats;
 }
 
 // Muon's matrices of a layer: its update, not higher than wide, and five squares.
-constexpr int muon_room() {
-  int room = 0;
+constexpr int muon_floats() {
+  int floats = 0;
   for (Layer layer : LAYERS) {
     const int rows = least(layer.outputs, layer.taps()), columns = most(layer.outputs, layer.taps());
-    room = most(room, rows * (stride(columns) + 5 * stride(rows)));
+    floats = most(floats, rows * (stride(columns) + 5 * stride(rows)));
   }
-  return room;
+  return floats;
 }
-constexpr int FLOATS = most(SCRATCH + scratch_room(), muon_room());  // all of the shared memory
+constexpr int FLOATS = most(SCRATCH + scratch_floats(), muon_floats());  // all of the shared memory
 
 // Where a layer's parameters begin: weights, then scale and shift.
 constexpr int parameter_place(int index) {
@@ -342,15 +342,15 @@ FUNCTION void multiply(float *out, const float *left, const float *right, int ro
 }
 
 // The factor (rows, rows), symmetric, that makes a matrix (rows, columns), not higher than wide, nearly orthogonal:
-// muon.py's iterations X -> (a I + b G + c G G) X with G = X X^T. Only G and the factors' product are followed, which
-// are the smaller matrices; small singular values, which G has squared, come out to some thousandths. `room` has place
+// optim.py's iterations X -> (a I + b G + c G G) X with G = X X^T. Only G and the factors' product are followed, which
+// are the smaller matrices; small singular values, which G has squared, come out to some thousandths. `scratch` has space
 // for five squares.
-FUNCTION const float *find_orthogonal_factor(const float *matrix, int rows, int columns, float *room) {
-  constexpr float A = 3.4445f, B = -4.7750f, C = 2.0315f;  // and 5 iterations: muon.py's
+FUNCTION const float *find_orthogonal_factor(const float *matrix, int rows, int columns, float *scratch) {
+  constexpr float A = 3.4445f, B = -4.7750f, C = 2.0315f;  // and 5 iterations: optim.py's
   const int across = stride(rows), size = rows * across;
-  float *gram = room, *turn = room + size, *turned = room + 2 * size, *factor = room + 3 * size;
-  float *spare = room + 4 * size;
-  for (int i = thread(); i < 5 * size; i += THREADS) room[i] = 0;
+  float *gram = scratch, *turn = scratch + size, *turned = scratch + 2 * size, *factor = scratch + 3 * size;
+  float *spare = scratch + 4 * size;
+  for (int i = thread(); i < 5 * size; i += THREADS) scratch[i] = 0;
   sync_threads();
   multiply(turned, matrix, matrix, rows, columns, 0, 1);
   sync_threads();
@@ -381,7 +381,7 @@ FUNCTION const float *find_orthogonal_factor(const float *matrix, int rows, int 
 }
 
 struct Step {
-  const Arguments &a;
+  const HopperArguments &a;
   float *const shared;
   const int row;  // of the image in the pool
   const u32 seed;  // of the image's dropout
@@ -866,7 +866,7 @@ struct Step {
     }
   }
 
-  // A layer's values make room for their gradient.
+  // A layer's values make scratch for their gradient.
   template <int I>
   DEVICE void replace_values() const {
     constexpr Layer layer = LAYERS[I];
@@ -1012,7 +1012,7 @@ struct Step {
 
 CONSTANT int shared_bytes = FLOATS * 4, packed_floats = PACKED;
 
-KERNEL train(const Arguments a) {
+KERNEL train(const HopperArguments a) {
   const int row = int(a.rows ? a.rows[block()] : block());
   const u32 key = hash(u32(a.dropout_key) ^ hash(u32(a.dropout_key >> 32)));
   const Step step{a, memory(), row, hash(key ^ hash(u32(a.position + block()))), uniform(thread() / WARP)};
@@ -1032,7 +1032,7 @@ KERNEL train(const Arguments a) {
 
 // Weights as (inputs, taps, outputs), the outputs `stride` apart, and flipped, as (outputs, taps in reverse, inputs).
 template <int I>
-DEVICE void pack_layer(const Arguments &a) {
+DEVICE void pack_layer(const HopperArguments &a) {
   constexpr Layer layer = LAYERS[I];
   for (int i = thread(); i < layer.weights() + 2 * layer.outputs * layer.normalises; i += THREADS) {
     const int at = Places<I>::PARAMETERS + i;
@@ -1048,4 +1048,4 @@ DEVICE void pack_layer(const Arguments &a) {
 }
 
 // For one block; packed is 0 before, and comes after every change of the parameters but `train`'s.
-KERNEL pack(const Arguments a) { pack_layer<0>(a); }
+KERNEL pack(const HopperArguments a) { pack_layer<0>(a); }

@@ -1,5 +1,5 @@
-// Augmentation, training and inference of the networks on CPUs. native.py compiles this file and describes what it
-// passes.
+// Augmentation, training and inference of the networks on CPUs. cpu.py compiles this file; abi.py has the same
+// structs.
 //
 // A vector holds the same value of LANES images, so that each loop reads like that of one image and every lane works,
 // however few channels there are. Activations are (group of LANES images, channel, row, column, lane). A network is a
@@ -36,7 +36,7 @@ typedef uint32_t Bits __attribute__((vector_size(LANES * 4)));
 
 enum Pool { NONE, MAX, AVERAGE };
 
-// One layer; the same fields stand in native.py. Weights are (outputs, inputs, kernel, kernel), sizes in pixels.
+// One layer; abi.py has the same fields. Weights are (outputs, inputs, kernel, kernel), sizes in pixels.
 struct Layer {
   int32_t inputs, outputs, kernel, padding, input_size;
   int32_t normalises, relu_before, relu_after, pool, window;
@@ -110,7 +110,7 @@ class Buffer {
 // batches nor on processes; the backward pass draws them again.
 class Dropout {
  public:
-  Dropout(float p, uint64_t key, int layer, int channel, uint64_t position)
+  Dropout(float p, u64 key, int layer, int channel, u64 position)
       : below_(Bits{} + u32(p * 4294967296.0)), keep_(all(1 / (1 - p))) {
     const u32 place = hash(hash(u32(key) ^ hash(u32(key >> 32))) + u32(layer * 4096 + channel));
     for (int lane = 0; lane < LANES; lane++) state_[lane] = hash(place ^ hash(u32(position + lane))) | 1;
@@ -173,7 +173,7 @@ template <class Store>
 void convolve(int kernel, const Vec *in, int inputs, int width, const float *weights, int outputs, Store store) {
   if (kernel == 3) convolve<3>(in, inputs, width, weights, outputs, store);
   else if (kernel == 1) convolve<1>(in, inputs, width, weights, outputs, store);
-  else std::abort();  // native.py does not ask for it
+  else std::abort();  // abi.py does not ask for it
 }
 
 // Gradients of COUNT weights in each of BLOCK channels; in: where the input of the first one begins, `step` before the
@@ -255,7 +255,7 @@ struct State {
 
 class Pass {
  public:
-  Pass(const Layer *layers, int count, const float *images, int number, uint64_t key, uint64_t position, bool training);
+  Pass(const Layer *layers, int count, const float *images, int number, u64 key, u64 position, bool training);
 
   void run(int threads, int phases);
   float logit(int image, int index) const {
@@ -263,10 +263,10 @@ class Pass {
   }
 
   // Of a training pass: what is learned, and what was found.
-  const int64_t *labels;
+  const i64 *labels;
   float weight, smoothing;
   std::vector<double> losses;
-  std::vector<int64_t> hits;
+  std::vector<i64> hits;
 
  private:
   void work(int phase, int group, Vec *out);
@@ -290,14 +290,14 @@ class Pass {
   const Layer *layers_;
   const int count_, groups_;
   const float *images_;
-  const uint64_t key_, position_;
+  const u64 key_, position_;
   const bool training_;
   std::vector<State> states_;
 };
 
 thread_local std::vector<Buffer> buffers;  // of the thread that calls
 
-Pass::Pass(const Layer *layers, int count, const float *images, int number, uint64_t key, uint64_t position,
+Pass::Pass(const Layer *layers, int count, const float *images, int number, u64 key, u64 position,
            bool training)
     : losses(number / LANES), hits(number / LANES), layers_(layers), count_(count), groups_(number / LANES),
       images_(images), key_(key), position_(position), training_(training), states_(count) {
@@ -445,7 +445,7 @@ void Pass::activate(int index, int group, Vec *out, int width) const {
   const Vec *values = state.values + group * layer.values();
   for (int channel = 0; channel < layer.outputs; channel++, values += side * side, out += width * width) {
     const Vec factor = all(state.factor[channel]), offset = all(state.offset[channel]);
-    Dropout dropout(layer.dropout, key_, index, channel, position_ + uint64_t(group) * LANES);
+    Dropout dropout(layer.dropout, key_, index, channel, position_ + u64(group) * LANES);
     for (int py = 0; py < pooled; py++) {
       for (int px = 0; px < pooled; px++) {
         Vec result = all(max ? -INFINITY : 0);
@@ -475,7 +475,7 @@ inline void Pass::activation_gradients(int index, int group, int channel, Take t
   const Vec *values = state.values + group * layer.values() + channel * side * side;
   const Vec *gradients = state.gradients + group * layer.results() + channel * pooled * pooled;
   const Vec factor = all(state.factor[channel]), offset = all(state.offset[channel]);
-  Dropout dropout(layer.dropout, key_, index, channel, position_ + uint64_t(group) * LANES);
+  Dropout dropout(layer.dropout, key_, index, channel, position_ + u64(group) * LANES);
   constexpr int MOST = WINDOW ? WINDOW * WINDOW : MOST_WINDOW * MOST_WINDOW;
   Vec results[MOST], factors[MOST];
   for (int py = 0; py < pooled; py++) {
@@ -660,41 +660,70 @@ void augment_image(const uint8_t *pixels, const Ranges &ranges, u64 key, u64 ela
 
 extern "C" {
 
+// images (batch, SIDE, SIDE), batch a multiple of LANES; labels (batch); weight: factor of the loss; smoothing: of the
+// labels; dropout_key, position: of dropout, the latter the first image's in the epoch; totals: sum of losses without
+// the factor, and of right predictions.
+struct TrainArguments {
+  const Layer *layers;
+  const float *images;
+  const i64 *labels;
+  double *totals;
+  u64 dropout_key;
+  i64 position;
+  int32_t layer_count, batch, threads;
+  float weight, smoothing;
+};
+
+// logits (batch, classes).
+struct PredictArguments {
+  const Layer *layers;
+  const float *images;
+  float *logits;
+  int32_t layer_count, batch, threads;
+};
+
+// rows (batch) of images (pool, SIDE, SIDE), null for the first ones; basis (SIDE, POINTS): what each control point
+// along a side gives to each pixel; results (batch, SIDE, SIDE); keys, position: of the draws, the last the first
+// image's in the epoch.
+struct AugmentArguments {
+  const uint8_t *images;
+  const i64 *rows;
+  const float *basis;
+  float *results;
+  u64 augment_key, elastic_key;
+  i64 position;
+  int32_t batch, threads;
+  Ranges ranges;
+};
+
 int lanes() { return LANES; }
 
 // Forward and backward pass; gradients are written, running statistics moved.
-// images (number, pixels), number a multiple of LANES; labels (number); weight: factor of the loss; smoothing: of the
-// labels; key, position: of dropout, the latter the first image's in the epoch; totals: sum of losses without the
-// factor, and of right predictions.
-void train(const Layer *layers, int count, const float *images, const int64_t *labels, int number, float weight,
-           float smoothing, uint64_t key, uint64_t position, int threads, double *totals) {
-  Pass pass(layers, count, images, number, key, position, true);
-  pass.labels = labels, pass.weight = weight, pass.smoothing = smoothing;
-  pass.run(threads, 2 * count);
-  totals[0] = totals[1] = 0;
-  for (double loss : pass.losses) totals[0] += loss;
-  for (int64_t hits : pass.hits) totals[1] += double(hits);
+void train(const TrainArguments &a) {
+  Pass pass(a.layers, a.layer_count, a.images, a.batch, a.dropout_key, a.position, true);
+  pass.labels = a.labels, pass.weight = a.weight, pass.smoothing = a.smoothing;
+  pass.run(a.threads, 2 * a.layer_count);
+  a.totals[0] = a.totals[1] = 0;
+  for (double loss : pass.losses) a.totals[0] += loss;
+  for (i64 hits : pass.hits) a.totals[1] += double(hits);
 }
 
-// Logits (number, classes) with running statistics and without dropout.
-void predict(const Layer *layers, int count, const float *images, int number, int threads, float *logits) {
-  Pass pass(layers, count, images, number, 0, 0, false);
-  pass.run(threads, count);
-  const int classes = layers[count - 1].outputs;
-  for (int image = 0; image < number; image++)
-    for (int c = 0; c < classes; c++) logits[image * classes + c] = pass.logit(image, c);
+// Logits with running statistics and without dropout.
+void predict(const PredictArguments &a) {
+  Pass pass(a.layers, a.layer_count, a.images, a.batch, 0, 0, false);
+  pass.run(a.threads, a.layer_count);
+  const int classes = a.layers[a.layer_count - 1].outputs;
+  for (int image = 0; image < a.batch; image++)
+    for (int c = 0; c < classes; c++) a.logits[image * classes + c] = pass.logit(image, c);
 }
 
-// Augmented and normalised images (number, SIDE, SIDE), by nearest resampling, from rows of images (pool, SIDE, SIDE),
-// or the first ones where rows is null; key, elastic_key, position: of the draws, the last the first image's in the
-// epoch; basis (SIDE, POINTS): what each control point along a side gives to each pixel.
-void augment(const uint8_t *images, const int64_t *rows, int number, const Ranges *ranges, u64 key, u64 elastic_key,
-             i64 position, const float *basis, int threads, float *results) {
-  threads = std::max(1, std::min(threads, number / 16));  // to start one takes as long as a few images
+// Augmented and normalised images, by nearest resampling.
+void augment(const AugmentArguments &a) {
+  const int threads = std::max(1, std::min(a.threads, a.batch / 16));  // to start one takes as long as a few images
   in_parallel(threads, [&](int thread) {
-    for (int i = int64_t(number) * thread / threads; i < int64_t(number) * (thread + 1) / threads; i++)
-      augment_image(images + (rows ? rows[i] : i) * SIDE * SIDE, *ranges, key, elastic_key, position + i, basis,
-                    results + i * SIDE * SIDE);
+    for (int i = i64(a.batch) * thread / threads; i < i64(a.batch) * (thread + 1) / threads; i++)
+      augment_image(a.images + (a.rows ? a.rows[i] : i) * SIDE * SIDE, a.ranges, a.augment_key, a.elastic_key,
+                    a.position + i, a.basis, a.results + i * SIDE * SIDE);
   });
 }
 }

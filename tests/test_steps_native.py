@@ -11,14 +11,17 @@ import sys
 import helpers
 import pytest
 import torch
+from stepping import Trained, plan_of
 from torch import nn
 
-from mnist_fast import augment, native
+from mnist_fast import augment
 from mnist_fast.config import Config
 from mnist_fast.data import ResidentFeed, Sharding
 from mnist_fast.errors import InputError
+from mnist_fast.kernels import abi, build, cpu
 from mnist_fast.model import NETWORKS, Network, build_network
-from mnist_fast.step import FlatSGD, TrainingStep, resolve_mode, sum_of_losses
+from mnist_fast.optim import FlatSGD
+from mnist_fast.steps.base import sum_of_losses
 
 pytestmark = [
     pytest.mark.timeout(240),
@@ -51,7 +54,7 @@ def built(name, dropout=0.0):
 def test_gradients_statistics_and_counts_are_torchs(name, smoothing, batch):
     network = built(name)
     reference = copy.deepcopy(network).double()
-    found = native.NativeNetwork(network).backpropagate(*batch, 1 / BATCH, smoothing, (1, 0))
+    found = cpu.NativeNetwork(network).backpropagate(*batch, 1 / BATCH, smoothing, 1, 0)
 
     scores = reference.layers(batch[0].double()).flatten(1).log_softmax(1)
     loss = sum_of_losses(scores, batch[1], smoothing)
@@ -72,7 +75,7 @@ def test_gradients_statistics_and_counts_are_torchs(name, smoothing, batch):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits_are_torchs_for_any_number_of_images(name, count, batch):
     network = built(name, dropout=0.3)
-    logits = native.NativeNetwork(network).eval().logits(batch[0][:count])
+    logits = cpu.NativeNetwork(network).eval().logits(batch[0][:count])
     with torch.inference_mode():
         expected = network.eval().logits(batch[0][:count])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
@@ -82,8 +85,8 @@ def test_the_number_of_threads_changes_no_bit(batch):
     kept = []
     for threads in (1, 2, 5):
         network = built("notebook", dropout=0.1)
-        code = native.NativeNetwork(network, threads)
-        totals = code.backpropagate(*batch, 1.0, 0.0, (5, 128))
+        code = cpu.NativeNetwork(network, threads)
+        totals = code.backpropagate(*batch, 1.0, 0.0, 5, 128)
         kept.append((totals, [p.grad for p in network.parameters()], list(network.buffers())))
     for totals, gradients, buffers in kept[1:]:
         assert totals == kept[0][0]
@@ -95,7 +98,7 @@ def test_a_loss_that_is_not_a_number_stays_one(batch):
     network = built("notebook")
     with torch.no_grad():
         network.layers[0].weight[0] = float("nan")
-    loss, _ = native.NativeNetwork(network).backpropagate(*batch, 1.0, 0.0, (1, 0))
+    loss, _ = cpu.NativeNetwork(network).backpropagate(*batch, 1.0, 0.0, 1, 0)
     assert loss != loss
 
 
@@ -112,7 +115,7 @@ def test_dropout_drops_the_expected_share():
     nn.init.ones_(layers[1].bias)
     network = Network(layers).train()
     inputs, labels = torch.zeros(480, 1, 28, 28), torch.zeros(480, dtype=torch.int64)
-    native.NativeNetwork(network).backpropagate(inputs, labels, 1.0, 0.0, (9, 0))
+    cpu.NativeNetwork(network).backpropagate(inputs, labels, 1.0, 0.0, 9, 0)
     weight, statistics = layers[4].weight.detach().flatten(1), layers[5]
     mean = statistics.running_mean / statistics.momentum
     torch.testing.assert_close(mean, weight.sum(1), rtol=0, atol=0.01)
@@ -123,7 +126,7 @@ def test_dropout_drops_the_expected_share():
 
 def dropped_gradients(batch, position, key=5):
     network = built("notebook", dropout=0.2)
-    loss, _ = native.NativeNetwork(network).backpropagate(*batch, 1.0, 0.0, (key, position))
+    loss, _ = cpu.NativeNetwork(network).backpropagate(*batch, 1.0, 0.0, key, position)
     return loss, torch.cat([p.grad.flatten() for p in network.parameters()])
 
 
@@ -139,8 +142,8 @@ def test_dropout_depends_on_key_and_position_and_on_nothing_else(batch):
 def test_the_backward_pass_has_the_masks_of_the_forward_pass(batch):
     """The gradient predicts how the loss changes, with dropout that draws the same again."""
     network = built("notebook", dropout=0.2)
-    code = native.NativeNetwork(network)
-    code.backpropagate(*batch, 1.0, 0.0, (5, 0))
+    code = cpu.NativeNetwork(network)
+    code.backpropagate(*batch, 1.0, 0.0, 5, 0)
     direction = [p.grad / p.grad.norm() for p in network.parameters() if p.dim() == 1][-2:]
     last = [p for p in network.parameters() if p.dim() == 1][-2:]
     slope = sum((p.grad * d).sum() for p, d in zip(last, direction, strict=True)).item()
@@ -149,7 +152,7 @@ def test_the_backward_pass_has_the_masks_of_the_forward_pass(batch):
         with torch.no_grad():
             for parameter, step in zip(last, direction, strict=True):
                 parameter.add_(step, alpha=sign * 1e-2)
-        losses.append(code.backpropagate(*batch, 1.0, 0.0, (5, 0))[0])
+        losses.append(code.backpropagate(*batch, 1.0, 0.0, 5, 0)[0])
         with torch.no_grad():
             for parameter, step in zip(last, direction, strict=True):
                 parameter.sub_(step, alpha=sign * 1e-2)
@@ -174,17 +177,17 @@ def test_augmentation_is_torchs_but_for_rounding_at_the_middle_between_two_pixel
     config, key = Config(**changes), augment.derive_key(1, 3, "augment")
     positions = torch.arange(640, 704)
     expected = augment.augment(config, pool[rows], positions, torch.tensor(key))
-    found = [native.Augmentation(config, t)(pool, rows, 640, key) for t in (1, 3, 4_096)]
+    found = [cpu.NativeAugmentation(config, t)(pool, rows, 640, key) for t in (1, 3, 4_096)]
     assert all(torch.equal(other, found[0]) for other in found[1:])
     assert ((found[0] - expected).abs() > 1e-5).float().mean() < 1e-3
-    whole = native.Augmentation(config)(pool[rows].contiguous(), None, 640, key)
+    whole = cpu.NativeAugmentation(config)(pool[rows].contiguous(), None, 640, key)
     assert torch.equal(whole, found[0])
-    assert not torch.equal(native.Augmentation(config)(pool, rows, 641, key), whole)
+    assert not torch.equal(cpu.NativeAugmentation(config)(pool, rows, 641, key), whole)
 
 
 def test_other_resampling_is_not_in_native_code():
-    with pytest.raises(RuntimeError, match="not available"):
-        native.Augmentation(Config(resampling="bilinear"))
+    with pytest.raises(ValueError, match="does not support bilinear resampling"):
+        cpu.NativeAugmentation(Config(resampling="bilinear"))
 
 
 # As a step of training
@@ -198,7 +201,7 @@ def trained(config, runtime, samples=100):
     feed = ResidentFeed(images, labels, Sharding(samples, 32, False), 1)
     torch.manual_seed(0)
     network = build_network("notebook", config.dropout)
-    step = TrainingStep(config, network, runtime, feed.sharding)
+    step = Trained(config, network, runtime, feed.sharding)
     step.warm_up(feed.example())
     step.start_epoch(0)
     for batch in feed.epoch(0):
@@ -225,8 +228,8 @@ def test_native_is_eager_within_rounding(resampling, runtime):
 )
 def test_flat_sgd_is_torchs(choices):
     plain, config, rate = built("notebook"), Config(**choices), torch.tensor(0.0)
-    network = native.NativeNetwork(copy.deepcopy(plain))
-    ours = FlatSGD(config, network, rate)
+    network = cpu.NativeNetwork(copy.deepcopy(plain))
+    ours = FlatSGD(config, network.weights, network.gradient, rate)
     theirs = torch.optim.SGD(
         plain.parameters(),
         *(1.0, config.momentum),
@@ -234,7 +237,7 @@ def test_flat_sgd_is_torchs(choices):
         nesterov=config.nesterov,
     )
     for value in (0.1, 0.3, 0.2):
-        gradients = native.views(network.gradient.normal_(), [*plain.parameters()])
+        gradients = abi.views(network.gradient.normal_(), [*plain.parameters()])
         for parameter, gradient in zip(plain.parameters(), gradients, strict=True):
             parameter.grad = gradient.clone()
         theirs.param_groups[0]["lr"] = value
@@ -251,11 +254,11 @@ from mnist_fast.config import Config
 from mnist_fast.data import ResidentFeed, Sharding
 from mnist_fast.model import build_network
 from mnist_fast.runtime import Runtime
-from mnist_fast.step import TrainingStep
+from stepping import Trained
 
 config, sharding = Config(precision="no", step="native"), Sharding(20, 16, False)
 images, labels = torch.zeros(20, 1, 28, 28, dtype=torch.uint8), torch.zeros(20, dtype=torch.long)
-step = TrainingStep(config, build_network("notebook"), Runtime(config), sharding)
+step = Trained(config, build_network("notebook"), Runtime(config), sharding)
 for batch in ResidentFeed(images, labels, sharding, 1).epoch(0):
     step(batch, 0.1)
 sys.exit(step.mode != "native" or "torch._dynamo" in sys.modules)
@@ -264,7 +267,12 @@ sys.exit(step.mode != "native" or "torch._dynamo" in sys.modules)
 
 def test_torchs_compiler_is_not_imported():
     """It takes 2 s; torch's own optimisers import it."""
-    done = helpers.launch(sys.executable, "-c", TRAIN_A_BIT, cwd=helpers.ROOT, timeout=120)
+    done = helpers.launch(
+        *(sys.executable, "-c", TRAIN_A_BIT),
+        cwd=helpers.ROOT,
+        timeout=120,
+        environment=helpers.TESTS_ON_PATH,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -274,7 +282,7 @@ def test_a_second_step_has_as_many_threads_as_the_first(runtime, monkeypatch):
     config = Config(precision="no", step="native", ema_decay=0.5)
     steps = [trained(config, runtime) for _ in range(2)]
     assert torch.get_num_threads() == 1
-    assert [n._threads for s in steps for n in (s.network, s.averaged)] == [2] * 4
+    assert [n.threads for s in steps for n in (s.network, s.averaged)] == [2] * 4
 
 
 # Where it cannot be had
@@ -292,34 +300,39 @@ def test_a_second_step_has_as_many_threads_as_the_first(runtime, monkeypatch):
     ],
 )
 def test_networks_that_it_does_not_know_are_refused(layers):
-    with pytest.raises(ValueError, match="native code"):
-        native.NativeNetwork(Network(layers))
+    with pytest.raises(abi.UnsupportedNetwork, match="unsupported"):
+        cpu.NativeNetwork(Network(layers))
 
 
 def test_bf16_odd_batches_and_machines_without_a_compiler_are_refused_in_one_line(monkeypatch):
-    with pytest.raises(InputError, match="float32"):
-        resolve_mode(Config(step="native"), "bf16", Sharding(60_000, 128, True))
-    with pytest.raises(InputError, match="not 50 per process: choose another --batch_size"):
-        resolve_mode(Config(step="native"), "no", Sharding(60_000, 100, True, world_size=2))
-    monkeypatch.setattr(native, "load_library", lambda: None)
-    with pytest.raises(InputError, match="compiler"):
-        resolve_mode(Config(step="native"), "no", Sharding(60_000, 128, True))
-    monkeypatch.setattr(native, "compiler", lambda: None)
-    assert resolve_mode(Config(), "no", Sharding(60_000, 128, True)) == "eager"
+    network, config, mnist = build_network(), Config(step="native"), Sharding(60_000, 128, True)
+    with pytest.raises(InputError, match="--step native: it does not support bf16"):
+        plan_of(dataclasses.replace(config, precision="bf16"), mnist, network=network)
+    halved = Sharding(60_000, 100, True, world_size=2)
+    with pytest.raises(InputError, match="not 50 per process: use --step auto"):
+        plan_of(config, halved, network=network)
+    monkeypatch.setattr(cpu, "try_library", lambda: (None, "there is no C++ compiler"))
+    with pytest.raises(InputError, match="--step native: there is no C"):
+        plan_of(config, mnist, network=network)
+    monkeypatch.setattr(build, "cpp_compiler", lambda: None)
+    assert plan_of(Config(), mnist, network=network).mode.name == "eager"
 
 
-def test_code_that_does_not_compile_is_told_in_a_line(monkeypatch, tmp_path, capsys):
+def test_auto_passes_over_native_steps_for_a_network_with_an_unknown_layer():
+    layers = [nn.Conv2d(1, 10, 3, bias=False), nn.BatchNorm2d(10), nn.SiLU(), nn.AvgPool2d(26)]
+    found = plan_of(Config(epochs=15), Sharding(60_000, 128, True), network=Network(layers))
+    assert found.mode.name == "compiled"
+    assert "native, because the network has an unsupported layer SiLU()" in found.describe()
+
+
+def test_code_that_does_not_compile_is_told_in_a_line(monkeypatch, tmp_path):
     source = tmp_path / "native.cpp"
     source.write_text('#warning "first"\nthis is not C++\n')
-    monkeypatch.setattr(native, "SOURCE", source)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    native.load_library.cache_clear()
-    try:
-        assert native.load_library() is None
-    finally:
-        native.load_library.cache_clear()
-    (line,) = capsys.readouterr().out.splitlines()
-    assert ": error: " in line
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(build.BuildError) as caught:
+        build.load_cpp(source, [])
+    assert ": error: " in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
     assert not list(tmp_path.rglob("*.so"))
 
 
@@ -329,16 +342,17 @@ def test_code_that_does_not_compile_is_told_in_a_line(monkeypatch, tmp_path, cap
 )
 def test_it_compiles_for_processors_with_and_without_avx(processor):
     """Code is generated, as some errors are found no earlier."""
-    options = [o for o in native.OPTIONS if not o.startswith("-march")]
-    command = ["g++", *options, f"-march={processor}", "-o", os.devnull, native.SOURCE]
+    options = [o for o in build.CPP_OPTIONS if not o.startswith("-march")]
+    command = ["g++", *options, f"-march={processor}", "-o", os.devnull, cpu.SOURCE]
     subprocess.run(command, check=True, timeout=120)
 
 
 def test_it_is_compiled_once(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    path = native._compile()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.load_cpp(cpu.SOURCE, [cpu.SHARED])
+    (path,) = [path for path in tmp_path.rglob("*") if path.is_file()]
     made = path.stat().st_mtime_ns
-    monkeypatch.setattr(native.subprocess, "run", None)
-    assert native._compile() == path
+    monkeypatch.setattr(build.subprocess, "run", None)
+    build.load_cpp(cpu.SOURCE, [cpu.SHARED])
     assert path.stat().st_mtime_ns == made
     assert [file.name for file in path.parent.iterdir()] == [path.name]

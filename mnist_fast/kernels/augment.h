@@ -1,5 +1,4 @@
-// What native.cpp and fused.cu have in common: the draws of an image's augmentation, and its map. augment.py, whose
-// numbers these are, says more.
+// What cpu.cpp and hopper.cu share: the draws of an image's augmentation, and its map. augment.py explains them.
 
 #ifdef __CUDACC__
 inline float sine(float x) { return __sinf(x); }  // angles are small: errors below 1e-6
@@ -18,7 +17,7 @@ constexpr int DRAWS = 9;   // of an image's augmentation, besides those of the e
 constexpr int POINTS = 5;  // of the elastic distortion, along each side
 constexpr float PIXELS_MEAN = 0.1307f, PIXELS_SD = 0.3081f;
 
-// What is drawn for an image, each uniformly: radians, pixels, factors. The same fields stand in native.py.
+// What is drawn for an image, each uniformly: radians, pixels, factors. abi.py has the same fields.
 struct Ranges {
   float rotation, angle, shear, scale_min, scale_max, translate, elastic, brightness, contrast, fill;
 };

@@ -2,17 +2,22 @@
 
 import dataclasses
 import sys
+from types import SimpleNamespace
 
 import helpers
 import pytest
 import torch
+from stepping import Trained, plan_of
 
-from mnist_fast import step as step_module
 from mnist_fast.config import Config
 from mnist_fast.data import Batch, ResidentFeed, Sharding
 from mnist_fast.errors import InputError
+from mnist_fast.kernels import build
 from mnist_fast.model import build_network
-from mnist_fast.step import TrainingStep, resolve_mode
+from mnist_fast.steps import captured as captured_module
+from mnist_fast.steps.captured import CapturedStep
+from mnist_fast.steps.eager import EagerStep
+from mnist_fast.steps.native import NativeStep
 
 SHARDING = Sharding(76, 16, drop_last=False)  # 4 batches of 16 and one of 12
 MNIST = Sharding(60_000, 128, drop_last=True)
@@ -34,6 +39,9 @@ CONFIG = Config(
 )
 
 
+MODES = {mode.name: mode for mode in (CapturedStep, EagerStep, NativeStep)}
+
+
 class Rerun:
     """What `CudaGraph` is to the GPU: runs the work as often before, and again in each replay."""
 
@@ -42,16 +50,15 @@ class Rerun:
     def __init__(self, work):
         Rerun.made += 1
         self.replay = work
-        for _ in range(step_module.WARM_UPS + 1):
+        for _ in range(captured_module.WARM_UPS + 1):
             work()
 
 
 @pytest.fixture
 def rerun(monkeypatch):
     """Lets CPUs capture, with uncompiled kernels: then the modes agree to the last bit."""
-    monkeypatch.setattr(step_module, "resolve_mode", lambda config, *_: config.step)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(TrainingStep, "graph_type", Rerun)
+    monkeypatch.setattr(CapturedStep, "graph_type", Rerun)
     monkeypatch.setattr(Rerun, "made", 0)
 
 
@@ -76,7 +83,8 @@ class CopyingFeed(ResidentFeed):
 def train(config, runtime, feed, epochs=3):
     """Trains; returns the step, and each epoch's totals and gradient norm."""
     torch.manual_seed(0)
-    step = TrainingStep(config, build_network("notebook", config.dropout), runtime, feed.sharding)
+    network = build_network("notebook", config.dropout)
+    step = Trained(config, network, runtime, feed.sharding, MODES[config.step])
     step.warm_up(feed.example())
     seen = []
     for epoch in range(epochs):
@@ -113,13 +121,13 @@ def test_without_a_smaller_batch_every_step_is_a_replay(rerun, runtime, pool, mo
     whole = Sharding(76, 16, drop_last=True)
     feed = ResidentFeed(*pool, whole, 1)
     torch.manual_seed(0)
-    step = TrainingStep(CONFIG, build_network("notebook", 0.1), runtime, whole)
+    step = Trained(CONFIG, build_network("notebook", 0.1), runtime, whole, CapturedStep)
     step.warm_up(feed.example())
-    monkeypatch.setattr(step, "_forward_rest", None)  # what steps outside the graph call
+    monkeypatch.setattr(step.step, "body", None)  # what steps outside the graph call
     step.start_epoch(0)
-    captured = step._captured[True]
+    recording = step.step._recordings[True]
     replays = []
-    monkeypatch.setattr(captured._graph, "replay", lambda: replays.append(captured._batch.rows[0]))
+    monkeypatch.setattr(recording.graph, "replay", lambda: replays.append(recording.batch.rows[0]))
     for batch in feed.epoch(0):
         step(batch, 0.1)
     assert len(replays) == whole.steps == 4
@@ -129,7 +137,7 @@ def test_warming_up_changes_nothing(rerun, runtime, pool):
     feed = ResidentFeed(*pool, SHARDING, 1)
     step, _ = train(CONFIG, runtime, feed, epochs=1)
     before, generator, totals = step.state(), torch.get_rng_state(), step.totals.tolist()
-    step._captured.clear()
+    step.step._recordings.clear()
     step.warm_up(feed.example())
     assert torch.equal(torch.get_rng_state(), generator)
     assert step.totals.tolist() == totals
@@ -141,11 +149,11 @@ def test_warming_up_changes_nothing(rerun, runtime, pool):
 def test_a_loaded_state_lies_where_the_graph_reads(rerun, runtime, pool):
     feed = ResidentFeed(*pool, SHARDING, 1)
     trained, _ = train(CONFIG, runtime, feed, epochs=1)
-    step = TrainingStep(CONFIG, build_network("notebook", 0.1), runtime, SHARDING)
+    step = Trained(CONFIG, build_network("notebook", 0.1), runtime, SHARDING, CapturedStep)
     step.warm_up(feed.example())
 
     def addresses():
-        momenta = [kept["momentum_buffer"] for kept in step.optimizer.state.values()]
+        momenta = [kept["momentum_buffer"] for kept in step.step.optimizer_state]
         tensors = [*step.network.state_dict().values(), *step.averaged.state_dict().values()]
         return [tensor.data_ptr() for tensor in (*momenta, *tensors, step.totals)]
 
@@ -157,9 +165,28 @@ def test_a_loaded_state_lies_where_the_graph_reads(rerun, runtime, pool):
         assert torch.equal(tensor, trained.state()[name]), name
 
 
+def test_graphs_are_given_back(rerun, runtime, pool, monkeypatch):
+    """Before the process group goes: NCCL waits for graphs that hold its communicator."""
+    closed = []
+    monkeypatch.setattr(Rerun, "close", lambda graph: closed.append(graph), raising=False)
+    step, _ = train(CONFIG, runtime, ResidentFeed(*pool, SHARDING, 1), epochs=1)
+    step.step.close()
+    assert len(closed) == 2
+    assert not step.step._recordings
+
+
 def test_captured_needs_a_gpu():
-    with pytest.raises(InputError, match="--step captured needs a GPU"):
-        resolve_mode(dataclasses.replace(LONG, step="captured"), "bf16", MNIST)
+    with pytest.raises(InputError, match="--step captured: it needs a GPU: use --step auto"):
+        plan_of(dataclasses.replace(LONG, step="captured"), MNIST)
+
+
+@pytest.fixture
+def small_gpu(monkeypatch):
+    """A GPU without fused steps, with all that Inductor needs."""
+    gpu = SimpleNamespace(multi_processor_count=40, shared_memory_per_block_optin=99 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 6))
+    monkeypatch.setattr(build, "why_no_inductor", lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -170,27 +197,36 @@ def test_captured_needs_a_gpu():
         ({"step": "captured", "epochs": 1}, "bf16", "captured"),
         ({"step": "compiled"}, "no", "compiled"),
         ({}, "fp16", "eager"),
-        ({"step": "captured"}, "fp16", "eager"),
+        ({"optimizer": "adamw"}, "bf16", "captured"),
     ],
 )
-def test_modes_on_a_gpu(monkeypatch, choices, precision, mode):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_mode(dataclasses.replace(LONG, **choices), precision, MNIST) == mode
+def test_modes_on_a_gpu(small_gpu, choices, precision, mode):
+    config = dataclasses.replace(LONG, precision=precision, **choices)
+    assert plan_of(config, MNIST, "cuda").mode.name == mode
 
 
-def test_fp16_says_that_it_cannot_be_captured(monkeypatch, runtime, capsys):
-    monkeypatch.setattr(step_module, "resolve_mode", lambda *_: "eager")
-    TrainingStep(CONFIG, build_network("notebook", 0.1), runtime, SHARDING)
-    assert "step: eager, because fp16" in capsys.readouterr().out
+def test_fp16_cannot_be_captured(small_gpu):
+    config = dataclasses.replace(LONG, precision="fp16")
+    line = plan_of(config, MNIST, "cuda").describe()
+    assert line.startswith("step: eager in fp16. Passed over: ")
+    assert "captured, because it does not support fp16" in line
+    with pytest.raises(InputError, match="--step captured: it does not support fp16"):
+        plan_of(dataclasses.replace(config, step="captured"), MNIST, "cuda")
+
+
+@pytest.mark.parametrize("missing", ["no C compiler", "no Triton"])
+def test_without_what_triton_needs_it_falls_back_in_one_line(small_gpu, monkeypatch, missing):
+    monkeypatch.setattr(build, "why_no_inductor", lambda _: f"there is {missing}")
+    found = plan_of(dataclasses.replace(LONG, precision="bf16"), MNIST, "cuda")
+    assert found.mode.name == "eager"
+    assert f"captured, because there is {missing}" in found.describe()
 
 
 PROCESSES = """
 import sys
-sys.path.insert(0, "tests")
 import torch
 from torch import distributed
-import test_step_modes as t
-from mnist_fast import step as step_module
+import test_steps_captured as t
 from mnist_fast.runtime import Runtime
 
 step_module.resolve_mode = lambda config, *_: config.step
@@ -231,7 +267,7 @@ def test_a_mode_trains_as_ddp_does_on_two_processes(tmp_path, mode, epochs, tole
         *(program, mode, epochs),
         cwd=helpers.ROOT,
         timeout=250,
-        environment={"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(helpers.ROOT)},
+        environment={"ACCELERATE_USE_CPU": "true", **helpers.TESTS_ON_PATH},
     )
     assert done.returncode == 0, done.stderr
     _, processes, worst = done.stdout.split()[-3:]

@@ -1,6 +1,6 @@
 """Names each library that is missing or broken, in one line each, instead of a traceback.
 
-    .venv/bin/python scripts/preflight.py [--quick] [LIBRARY ...]
+    python -m mnist_fast.preflight [--quick] [LIBRARY ...]
 
 Exit status: 0 all there, 2 otherwise. `make setup` runs it; other programs may call
 `missing_libraries`. Only the standard library is imported at the top, so that this file runs

@@ -1,4 +1,4 @@
-// Runs the kernel of fused.cu on CPUs: a thread of the GPU is one of the system's, a warp has a single lane.
+// Runs the kernel of hopper.cu on CPUs: a thread of the GPU is one of the system's, a warp has a single lane.
 
 #include <algorithm>
 #include <atomic>
@@ -44,7 +44,7 @@ void write(Word *word, Word value);
 Word read(const Word *word);
 }  // namespace
 
-#include "../mnist_fast/fused.cu"
+#include "../mnist_fast/kernels/hopper.cu"
 
 namespace {
 void write(Word *word, Word value) {
@@ -66,7 +66,7 @@ Word read(const Word *word) {
 }  // namespace
 
 namespace {
-void run(void (*kernel)(Arguments), const Arguments &arguments, int count) {
+void run(void (*kernel)(HopperArguments), const HopperArguments &arguments, int count) {
   block_count = count;
   std::vector<Group> groups(count);
   std::vector<std::jthread> threads;
@@ -82,7 +82,7 @@ void run(void (*kernel)(Arguments), const Arguments &arguments, int count) {
 }  // namespace
 
 extern "C" {
-void launch_train(const Arguments *arguments, int count) { run(train, *arguments, count); }
-void launch_pack(const Arguments *arguments) { run(pack, *arguments, 1); }
+void launch_train(const HopperArguments *arguments, int count) { run(train, *arguments, count); }
+void launch_pack(const HopperArguments *arguments) { run(pack, *arguments, 1); }
 int count_packed() { return PACKED; }
 }

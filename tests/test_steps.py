@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from stepping import Trained, plan_of
 
 from data_prep.sources import load_digits
-from mnist_fast import native
 from mnist_fast.augment import augment, derive_key, normalise, scale_pixels
 from mnist_fast.config import Config
 from mnist_fast.data import ResidentFeed, Sharding
+from mnist_fast.kernels import build, cpu
 from mnist_fast.model import build_network
 from mnist_fast.runtime import Runtime
-from mnist_fast.step import TrainingStep, resolve_mode, sum_of_losses
+from mnist_fast.steps.base import sum_of_losses
 
 SHARDING = Sharding(300, 64, drop_last=False)  # 4 batches of 64 and one of 44
 RATES = [0.05, 0.1, 0.02, 0.08, 0.03]
@@ -42,7 +43,7 @@ def feed():
 
 def new_step(config, runtime, seed=0):
     torch.manual_seed(seed)
-    return TrainingStep(config, build_network("notebook", config.dropout), runtime, SHARDING)
+    return Trained(config, build_network("notebook", config.dropout), runtime, SHARDING)
 
 
 def train_epoch(step, feed, epoch=0, slower=1):
@@ -210,9 +211,9 @@ def test_adamw_is_the_one_of_the_text_book(runtime):
         for mine, other in zip(ours.network.parameters(), plain.network.parameters(), strict=True):
             mine.grad = torch.randn_like(mine)
             other.grad = mine.grad.clone()
-        ours._rate.fill_(rate)
+        ours.step._rate.fill_(rate)
         plain.optimizer.param_groups[0]["lr"] = rate
-        ours.optimizer.step()
+        ours.step.optimizer.step()
         plain.optimizer.step()
     torch.testing.assert_close(weights(ours.network), weights(plain.network), rtol=1e-4, atol=1e-5)
 
@@ -259,20 +260,21 @@ def test_bf16_is_the_same_step_in_fewer_digits(in_process, feed):
         ("auto", "no", 1_437, True, "eager"),
         ("eager", "no", 60_000, True, "eager"),
         ("compiled", "no", 1_437, True, "compiled"),
-        ("compiled", "fp16", 60_000, True, "eager"),
     ],
 )
 def test_the_mode_follows_choice_precision_size_and_compiler(
     monkeypatch, choice, precision, images, compiler, expected
 ):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     library = SimpleNamespace(lanes=lambda: 8) if compiler else None
-    monkeypatch.setattr(native, "compiler", lambda: "g++" if compiler else None)
-    monkeypatch.setattr(native, "load_library", lambda: library)
-    config = Config(step=choice, epochs=15)
-    assert resolve_mode(config, precision, Sharding(images, 128, True)) == expected
+    monkeypatch.setattr(build, "cpp_compiler", lambda: "g++" if compiler else None)
+    monkeypatch.setattr(cpu, "try_library", lambda: (library, "there is no C++ compiler"))
+    config, network = Config(step=choice, epochs=15, precision=precision), build_network()
+    found = plan_of(config, Sharding(images, 128, True), network=network)
+    assert (found.mode.name, found.job.precision) == (expected, precision)
     if expected == "native":  # its vectors hold 8 images
-        assert resolve_mode(config, precision, Sharding(images, 100, True)) == "compiled"
+        other = plan_of(config, Sharding(images, 100, True), network=network)
+        assert other.mode.name == "compiled"
+        assert "native, because it computes multiples of 8 images, not 100" in other.describe()
 
 
 # Compiled

@@ -1,0 +1,133 @@
+"""A run's data: the checked betons, the training feed, and the images that are evaluated."""
+
+import dataclasses
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from data_prep import betons
+from data_prep.manifest import Manifest
+from mnist_fast.augment import MEAN, SD, augment, derive_key
+from mnist_fast.config import Config
+from mnist_fast.data import ResidentFeed, Sharding, StreamFeed, keep_for_training, read_all, share
+from mnist_fast.errors import InputError
+from mnist_fast.runtime import Runtime
+
+RESIDENT_FRACTION = 0.25  # of the device's free memory that a resident data set may take
+Feed = ResidentFeed | StreamFeed
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSet:
+    """This process's share of the evaluated images.
+
+    Attributes:
+        images: uint8 (n, 1, 28, 28) on the device.
+        labels: int64 (n,).
+        total: images over all processes.
+    """
+
+    images: Tensor
+    labels: Tensor
+    total: int
+
+    @property
+    def part(self) -> tuple[Tensor, Tensor]:
+        """Images and labels."""
+        return self.images, self.labels
+
+
+def open_betons(config: Config, runtime: Runtime) -> tuple[Manifest, Path]:
+    """The checked manifest and its folder; the main process prepares the data where it is missing.
+
+    Raises:
+        InputError: no data, data of another set, or data that fails its checksums.
+    """
+    folder = runtime.on_main(lambda: find_betons(config))
+    manifest = betons.check(folder)
+    if config.dataset not in ("auto", manifest.dataset):
+        raise InputError(
+            f"{folder} holds {manifest.dataset}, not {config.dataset}: "
+            f"give --dataset {manifest.dataset}, or another --data_dir"
+        )
+    return manifest, folder
+
+
+def find_betons(config: Config) -> Path:
+    """The folder of the betons, written first where there is none."""
+    root = Path("data/betons")
+    names = ["mnist", "digits"] if config.dataset == "auto" else [config.dataset]
+    candidates = [Path(config.data_dir)] if config.data_dir else [root / name for name in names]
+    for folder in candidates:
+        if (folder / "manifest.json").exists():
+            return folder
+    out = Path(config.data_dir) if config.data_dir else None
+    manifest = betons.prepare(config.dataset, None, out)
+    return out or root / manifest.dataset
+
+
+def cut(config: Config, manifest: Manifest, runtime: Runtime) -> Sharding:
+    """How the training images are cut into global batches, and these into the processes' parts.
+
+    Raises:
+        InputError: some process could not train on its part.
+    """
+    kept = keep_for_training(manifest.train.samples, config.validation_split)
+    shape = (config.batch_size, config.drop_last)
+    return Sharding(kept, *shape, runtime.rank, runtime.world_size)
+
+
+def open_feed(
+    config: Config, manifest: Manifest, folder: Path, sharding: Sharding, device: torch.device
+) -> Feed:
+    """The training feed, as chosen; `auto` is resident where the images fit."""
+    path = folder / manifest.train.file
+    if choose_feed(config.feed, path, device) == "stream":
+        return StreamFeed(path, sharding, config.seed, device)
+    images, labels = read_all(path, range(sharding.samples), device)
+    return ResidentFeed(images, labels, sharding, config.seed)
+
+
+def choose_feed(wanted: str, path: Path, device: torch.device) -> str:
+    """The feed's name: as wanted, or by the device's free memory."""
+    if wanted != "auto":
+        return wanted
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    return "resident" if path.stat().st_size <= RESIDENT_FRACTION * free else "stream"
+
+
+def open_evaluation_set(
+    config: Config, manifest: Manifest, folder: Path, runtime: Runtime
+) -> EvaluationSet:
+    """The test images, or the held-out training images: then the test set is not even opened."""
+    file, first, total = manifest.test.file, 0, manifest.test.samples
+    if held_out := config.validation_split:
+        first = keep_for_training(manifest.train.samples, held_out)
+        file, total = manifest.train.file, held_out
+    start, stop = share(total, runtime.rank, runtime.world_size)
+    rows = range(first + start, first + stop)
+    return EvaluationSet(*read_all(folder / file, rows, runtime.device), total)
+
+
+@torch.inference_mode()
+def preview(config: Config, feed: Feed, most: int = 32) -> Tensor:
+    """The first training images of the run before and after augmentation.
+
+    Args:
+        config: the run's choices.
+        feed: of the training images.
+        most: images at most.
+
+    Returns:
+        uint8 (2, n, 28, 28) on the CPU.
+    """
+    batch = next(iter(feed.epoch(0)))
+    before = batch.gather_images()[:most]
+    positions = torch.arange(batch.position, batch.position + len(before), device=before.device)
+    key = torch.tensor(derive_key(config.seed, 0, "augment"), device=before.device)
+    after = augment(config, before, positions, key) * SD + MEAN
+    pixels = (after * 255).round().clamp(0, 255).to(torch.uint8)
+    return torch.stack([before, pixels])[:, :, 0].cpu()

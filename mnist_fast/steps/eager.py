@@ -1,0 +1,41 @@
+"""Kernel by kernel, through Accelerate's wrappers: every device, precision and network."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from mnist_fast.steps.base import BackpropStep, Job, OptimizerState
+
+
+class EagerStep(BackpropStep):
+    """Backpropagation as torch runs it; DDP averages the gradients, fp16's scaler scales them."""
+
+    name: ClassVar[str] = "eager"
+    devices: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda"})
+    precisions: ClassVar[frozenset[str]] = frozenset({"no", "bf16", "fp16"})
+    min_images: ClassVar[int] = 0
+
+    @staticmethod
+    def unsupported_reason(job: Job) -> str | None:
+        """Supports every job."""
+        return None
+
+    def set_up_optimizer(self) -> OptimizerState:
+        """Wraps network and optimiser, and then sets the rate's tensor, which wrapping copies."""
+        optimizer_state = super().set_up_optimizer()
+        prepared = self.runtime.prepare(self.state.network, self.optimizer)
+        self._wrapped, self._stepper = prepared
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate
+        return optimizer_state
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        """Log-probabilities (batch, classes), through DDP where there are several processes."""
+        return self._wrapped(inputs)
+
+    def reduce(self) -> None:
+        """Has nothing to do: DDP has averaged the gradients in the backward pass."""
+
+    def update(self) -> None:
+        """Takes the optimiser's step; fp16's scaler leaves it out where gradients overflowed."""
+        self._stepper.step()
