@@ -1,9 +1,7 @@
 """Trains the network: `accelerate launch train.py --help` lists the options."""
 
-import sys
-
 from mnist_fast import signals
-from mnist_fast.errors import InputError, run_main
+from mnist_fast.errors import InputError, leave, run_main
 from mnist_fast.preflight import LIBRARIES, missing_libraries
 
 
@@ -26,4 +24,4 @@ if __name__ == "__main__":
     signals.follow_launcher()
     status = run_main(main, "train.py")
     signals.ignore()  # the exit status is settled
-    sys.exit(status)
+    leave(status)

@@ -1,6 +1,8 @@
 """The ways a run ends that are not success: bad input (exit 2) and everything else (exit 1)."""
 
 import argparse
+import atexit
+import contextlib
 import io
 import os
 import sys
@@ -77,6 +79,21 @@ def report_error(error: _OneLineError | Stopped, program: str) -> int:
     if not (error.shared and int(os.environ.get("RANK", 0))):
         print(f"{program}: error: {one_line(error)}", file=sys.stderr, flush=True)
     return 2 if isinstance(error, InputError) else 1
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process, whose exit status is settled, and waits for no thread.
+
+    Exit handlers run, and output is flushed. Python's own end goes further: it takes the
+    interpreter down while threads of libraries may still ask for it, and then such a thread aborts
+    the process.
+    """
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def run_main(main: Callable[[], int], program: str) -> int:

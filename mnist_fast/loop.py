@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import psutil
-
 from data_prep import betons
 from mnist_fast import (
     checkpoint,
@@ -24,6 +22,7 @@ from mnist_fast import (
     run_folder,
     signals,
     steps,
+    timing,
 )
 from mnist_fast.config import Config
 from mnist_fast.data import Batch
@@ -72,17 +71,22 @@ class Run:
     def __init__(self, config: Config):
         steps.check_name(config.step)
         check_name(config.network)
+        self.parts = timing.Parts()
+        self.parts.end("imports")
         self.config = config
         self.runtime = runtime = Runtime(config)
+        self.parts.end("start")
         self.manifest, self.betons = datasets.open_betons(config, runtime)
         self.sharding = datasets.cut(config, self.manifest, runtime)
         runtime.seed(config.seed)
         network = build_network(config.network, config.dropout)
         self.plan = steps.plan(config, network, runtime, self.sharding)
         runtime.set_precision(self.plan.job.precision)
+        self.parts.end("compile")
         data = (config, self.manifest, self.betons)
         self.feed = datasets.open_feed(*data, self.sharding, runtime.device)
         self.evaluation_set = datasets.open_evaluation_set(*data, runtime)
+        self.parts.end("data")
         runtime.seed_process(config.seed)
         self.state = TrainState(config, network, runtime.device)
         self.step = self.plan.build(self.state, runtime)
@@ -91,6 +95,7 @@ class Run:
         self.progress = Progress()
         self.tracker = Tracker(config, runtime, self.folder)
         self.startup_seconds = 0.0
+        self.parts.end("compile")
         self.after_step: Callable[[], None] = lambda: None
 
     # The run
@@ -99,6 +104,7 @@ class Run:
         """Trains from where the run stands to its end; returns the summary."""
         with signals.leaving_at_once():
             wandb_id = self.resume()
+        self.parts.end("checkpoints")
         if finished := self.runtime.on_main(self.read_finished):
             self.say(f"{self.folder} is finished: nothing to do")
             return finished
@@ -106,11 +112,14 @@ class Run:
         try:
             with signals.leaving_at_once():
                 self.tracker.start(self.facts(), self.progress.records, wandb_id)
+                self.parts.end("tracker")
                 self.step.warm_up(self.feed.example())
+                self.parts.end("compile")
             if self.runtime.is_main and not self.progress.global_step:  # it draws random numbers
                 samples = datasets.preview(self.config, self.feed)
                 layers = list(layer_table(build_network(self.config.network)))
                 self.tracker.log_inputs(samples, layers, self.betons / "manifest.json")
+            self.parts.end("tracker")
             profile = self.config.profile and self.runtime.is_main
             folder = self.folder / "profile" if profile else None
             with profiling.profile(folder, self.say) as self.after_step:
@@ -149,12 +158,17 @@ class Run:
             about = {"network": self.config.network, "dataset": self.manifest.dataset}
             checkpoint.save_weights(weights, network.state_dict(), about)
         outcome = inspect(network, *self.evaluation_set.part, self.runtime)
+        self.parts.end("evaluation")
         self.tracker.log_outcome(outcome)
         if self.runtime.is_main:
             samples = datasets.preview(self.config, self.feed)
             report.draw_run(self.folder, self.config, self.progress.records, outcome, samples)
+        self.parts.end("figures")
         self.tracker.log_weights(weights, summary)
         self.tracker.finish(summary)
+        self.parts.end("closing")
+        summary["seconds"] = self.parts.seconds()
+        self.tracker.write_summary(summary)
         self.say(report.describe_run(self.folder, summary, self.progress.records))
         return summary
 
@@ -163,9 +177,11 @@ class Run:
     def run_epoch(self) -> None:
         """Trains one epoch (or its rest), evaluates, records, saves."""
         train = self.train_epoch()
+        self.parts.end("training")
         for _, network in self.state.networks():
             self.runtime.average_buffers(network)
         evaluation = self.evaluate()
+        self.parts.end("evaluation")
         self.require_finite(evaluation.loss)  # the epoch's last step may have been the one too far
         record = self.record(train, evaluation)
         self.progress.records.append(record)
@@ -174,6 +190,7 @@ class Run:
         self.state.totals.zero_()
         self.tracker.log_epoch(record)
         self.say(records.describe(record, self.config.epochs))
+        self.parts.end("tracker")
         every, epoch = self.config.checkpoint_every, self.progress.epoch
         if epoch == self.config.epochs or (every and epoch % every == 0):
             self.save()
@@ -242,6 +259,7 @@ class Run:
         if self.runtime.is_main:
             path = checkpoint.save(self.folder / "checkpoints", contents, resume.check_state)
             self.tracker.log_checkpoint(path, self.progress.epoch)
+        self.parts.end("checkpoints")
 
     # What is recorded
 
@@ -306,7 +324,7 @@ class Run:
     def measure_startup(self) -> float:
         """Seconds from the start of this process to the end of its first step."""
         self.state.totals.tolist()
-        return time.time() - psutil.Process().create_time()
+        return timing.seconds_since_start()
 
     def say(self, message: str) -> None:
         """Prints a line, on the main process."""

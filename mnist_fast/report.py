@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mnist_fast import timing
 from mnist_fast.cli import read_recipe, read_yaml, recipe_names
 from mnist_fast.config import TARGET_ACCURACY, Config, what_is_trained
 from mnist_fast.errors import InputError, Parser, one_line, run_main, some_path
@@ -80,7 +81,8 @@ def describe_run(folder: Path, summary: dict[str, Any], records: Records) -> str
         f"finished: {accuracy:.2f} % {held_out} accuracy; weights.safetensors, summary.json, "
         f"metrics.jsonl and figures/ lie in {folder}"
     )
-    return "\n".join([head, *lines, end])
+    where = [f"  {'where the time went':<20}{timing.describe(summary['seconds'])}"]
+    return "\n".join([head, *lines, *(where if "seconds" in summary else []), end])
 
 
 def _verdict(dataset: str, accuracy: float) -> str:

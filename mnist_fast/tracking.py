@@ -162,9 +162,14 @@ class Tracker:
         """Writes `summary.json` and ends the W&B run, waiting for it a limited time."""
         if not self.active:
             return
-        write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        self.write_summary(summary)
         self._guard(lambda: self._run.summary.update(summarise(summary, self._records)))
         self.close(exit_code=0)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Writes `summary.json`."""
+        if self.active:
+            write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
     def close(self, exit_code: int) -> None:
         """Ends the W&B run; gives up on a server that does not answer."""

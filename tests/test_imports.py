@@ -9,7 +9,7 @@ from helpers import ROOT
 # Each layer imports from the ones before it; a new module needs a place. data_prep, which stands
 # beside them, imports nothing of ours but the lowest layer.
 LAYERS = [
-    {"errors", "files", "imports", "preflight"},
+    {"errors", "files", "imports", "preflight", "timing"},
     {"config", "provenance", "signals"},
     {"augment", "cli", "model", "optim", "records", "run_folder", "schedule"},
     {"checkpoint", "data", "profiling", "progress", "kernels.abi", "kernels.build"}

@@ -39,8 +39,11 @@ class Plan:
     def describe(self) -> str:
         """Mode, precision and reasons as one line."""
         line = f"step: {self.mode.name} in {PRECISIONS[self.job.precision]}"
-        reasons = [f"{name}, because {reason}" for name, reason in self.passed_over.items()]
-        return f"{line}. Passed over: {'; '.join(reasons)}" if reasons else line
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.passed_over.items():
+            reasons.setdefault(reason, []).append(name)
+        told = [f"{' and '.join(modes)}, because {reason}" for reason, modes in reasons.items()]
+        return f"{line}. Passed over: {'; '.join(told)}" if told else line
 
     def build(self, state: TrainState, runtime: Runtime) -> Step:
         """The step, which trains the state."""
@@ -82,7 +85,7 @@ def plan(config: Config, network: Network, runtime: Runtime, sharding: Sharding)
         job = Job(config, network, runtime.device, precision, sharding)
         reason = None
         if config.step == "auto" and images < mode.min_images:
-            reason = f"a run of {images:,} images is too short for it"
+            reason = f"a run of {images:,} images is too short"
         reason = _first(runtime.gather(reason or unsupported_reason(mode, job)))
         if reason is None:
             return Plan(mode, job, passed_over)
