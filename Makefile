@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train test test-slow test-all test-needs lint format bench clean
+.PHONY: help setup train test test-slow test-all test-gpu test-needs lint format bench bench-gpu clean
 
 # Handed on to train.py (make train), benchmarks/throughput.py (make bench) and pytest (make test, make test-all).
 ARGS ?=
@@ -20,12 +20,13 @@ help: ## this list
 setup: ## uv, FFCV's system libraries and the locked environment in .venv
 	@scripts/setup.sh
 
-# Without --config_file, accelerate takes one process per GPU it sees, one process on a machine without a GPU, and the
-# user's own `accelerate config` where there is one; train.py chooses the precision (--precision). For bf16 by default and a
-# launch that does not depend on the user's own file: accelerate launch --config_file accelerate_config.yaml train.py
+# Without a configuration accelerate starts one process per GPU, or one on a machine without a GPU, and train.py chooses
+# the precision. The user's own `accelerate config`, perhaps of another project, is left out: accelerate looks for it in
+# HF_HOME.
+NO_CONFIGURATION := $(CURDIR)/.venv/no-accelerate-configuration
 train: setup ## prepare the data and train, e.g. make train ARGS="--epochs 1 --seed 2"
 	$(PYTHON) -m data_prep --dataset auto
-	.venv/bin/accelerate launch train.py --dataset auto $(ARGS)
+	HF_HOME=$(NO_CONFIGURATION) .venv/bin/accelerate launch train.py --dataset auto $(ARGS)
 
 test: setup ## the quick tests
 	$(LIMIT) 1080 $(PYTHON) -m pytest -m "not slow" $(SIDE_BY_SIDE) $(ARGS)
@@ -35,6 +36,9 @@ test-slow: setup test-needs ## the others: real training to accuracy, SLURM, fau
 
 test-all: setup test-needs ## all tests, under an hour on two cores
 	$(LIMIT) 3540 $(PYTHON) -m pytest $(ARGS)
+
+test-gpu: setup ## what only GPUs can tell; skipped where there is none
+	$(LIMIT) 1800 $(PYTHON) -m pytest -m gpu $(ARGS)
 
 # Where they cannot be installed, the tests that need them are skipped and say so. Apart: not every Debian has both.
 test-needs:
@@ -53,6 +57,9 @@ format: setup ## let ruff sort imports and format
 
 bench: setup ## measure the throughput of this machine
 	$(PYTHON) benchmarks/throughput.py $(ARGS)
+
+bench-gpu: setup ## all that is to be measured on a GPU, in under nine minutes
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean: ## remove caches; data/, runs/ and .venv stay
 	rm -rf .mypy_cache .pytest_cache .ruff_cache

@@ -16,6 +16,12 @@ IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte") + (
 )
 
 
+def pytest_configure(config):
+    """Hides the GPUs from all but the tests that are of GPUs: `make test-gpu` chooses these."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items):
     """What shares the costly launch comes first, so that one worker of pytest-xdist runs it all."""
     items.sort(key=lambda item: "launched_run" not in item.fixturenames)

@@ -13,7 +13,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFLIGHT = ROOT / "mnist_fast" / "preflight.py"
-TARGETS = ["setup", "train", "test", "test-slow", "test-all", "lint", "format", "bench", "clean"]
+TARGETS = ["setup", "train", "test", "test-slow", "test-all", "test-gpu", "lint", "format"]
+TARGETS += ["bench", "bench-gpu", "clean"]
 
 
 def run(*command, cwd=ROOT, env=None, timeout=120):
