@@ -17,7 +17,7 @@ LAYERS = [
     {"datasets", "steps.base"},
     {"steps.eager", "steps.compiled", "steps.captured", "steps.native", "steps.fused"},
     {"steps"},
-    {"report", "resume", "tracking"},
+    {"figures", "report", "resume", "tracking"},
     {"loop", "predict"},
     {"train", "export"},
 ]
@@ -28,6 +28,7 @@ SIDEWAYS = {
     "kernels.cpu": {"kernels.abi", "kernels.build"},
     "kernels.hopper": {"kernels.abi", "kernels.build"},
     "progress": {"data"},
+    "report": {"figures"},
     "steps.captured": {"steps.compiled"},
 }
 DATA_PREP_FOR = {"datasets", "export", "loop"}  # who may ask for the betons
