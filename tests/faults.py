@@ -38,7 +38,8 @@ def _train(arguments, log, folder, environment, tamper):
     sys.path.insert(0, str(helpers.ROOT))
     sys.argv = ["train.py", *arguments]
     loop = importlib.import_module("mnist_fast.loop")
-    loop.report.draw_run = lambda *_: None  # it takes longer than the training
+    for name in ("draw_inputs", "draw_results"):  # they take longer than the training
+        setattr(loop.figures, name, lambda *_: None)
     if tamper:
         tamper()
     runpy.run_path(str(helpers.TRAIN), run_name="__main__")

@@ -142,7 +142,8 @@ def single_process(figures=False):
     import torch
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    from mnist_fast import report, signals
+    from mnist_fast import figures as pictures
+    from mnist_fast import signals
 
     def forget():
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -153,6 +154,7 @@ def single_process(figures=False):
     forget()
     with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
         if not figures:
-            patch.setattr(report, "draw_run", lambda *_: None)
+            patch.setattr(pictures, "draw_inputs", lambda *_: None)
+            patch.setattr(pictures, "draw_results", lambda *_: None)
         yield
     forget()
