@@ -1,54 +1,34 @@
-"""Pictures of a run, its result in words, and `python -m mnist_fast.report` to compare runs."""
+"""A run's result in words, and `python -m mnist_fast.report` to compare runs."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
 import html
-import io
 import json
 import statistics
-import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_fast import timing
+from mnist_fast import figures, timing
 from mnist_fast.cli import read_recipe, read_yaml, recipe_names
 from mnist_fast.config import TARGET_ACCURACY, Config, what_is_trained
 from mnist_fast.errors import InputError, Parser, one_line, run_main, some_path
+from mnist_fast.figures import Records, held_out_of
 from mnist_fast.files import read_file
-from mnist_fast.schedule import learning_rate
 
-if TYPE_CHECKING:  # matplotlib and torch take seconds to load
-    from matplotlib.axes import Axes
+if TYPE_CHECKING:  # matplotlib takes long to import
     from matplotlib.figure import Figure
-    from torch import Tensor
-
-    from mnist_fast.evaluate import Outcome
 
 PROGRAM = "python -m mnist_fast.report"
 HIGH_ACCURACY = 99.0  # percent; the notebook asks from which epoch on accuracy stays above it
-# Okabe and Ito's colours, which colour-blind people can tell apart; lines differ in style as well
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", "-.", ":")
-TEST, TRAIN = COLOURS[0], COLOURS[1]
-DPI = 150
-MISREAD_SHOWN = 40
 MAX_FILE = 100_000_000  # bytes of a run's file that is read
 LARGEST = 1e100  # of a metric that is read: pictures of more fail, as those of infinity do
 LEGEND_WIDTH, LEGEND_CHARACTERS = 100, 250  # of a line and of a name, which is cut behind them
 
-Records = Sequence[dict[str, Any]]
-
-
-def held_out_of(record: dict[str, Any]) -> str:
-    """What a record's run was evaluated on: `test` or `validation`."""
-    return "test" if "test_accuracy" in record else "validation"
-
-
-# One run: words
+# One run
 
 
 def describe_run(folder: Path, summary: dict[str, Any], records: Records) -> str:
@@ -104,180 +84,6 @@ def _above(records: Records, key: str) -> str:
     return f"from epoch {below[-1] + 1} on"
 
 
-# One run: pictures
-
-
-def draw_run(
-    folder: Path, config: Config, records: Records, outcome: Outcome, samples: Tensor
-) -> None:
-    """Draws `figures/` of a run; a fault is told and does not end the run.
-
-    Args:
-        folder: the run's.
-        config: its choices.
-        records: lines of `metrics.jsonl`, at least one.
-        outcome: what the network makes of the evaluation images.
-        samples: uint8 (2, n, 28, 28), training images before and after augmentation.
-    """
-    name = held_out_of(records[-1])
-    try:
-        figures = {
-            "curves": curves(records, folder.name),
-            "learning_rate": rates(config, records),
-            "confusion_matrix": confusion(outcome, name),
-            "misread": misread(outcome, name),
-            "samples": before_and_after(samples),
-        }
-        (folder / "figures").mkdir(exist_ok=True)
-        for title, figure in figures.items():
-            (folder / "figures" / f"{title}.png").write_bytes(as_png(figure))
-    except Exception as error:  # the training is done, and worth more than its pictures
-        print(f"report: no figures: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-
-
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
-    """A figure, in inches, and its array of axes; needs no display and keeps no global state."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def as_png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI)
-    return file.getvalue()
-
-
-def tidy(axes: Axes, y_label: str, x_label: str = "epoch") -> None:
-    """Labels, a light grid, whole numbers on the x axis."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set(xlabel=x_label, ylabel=y_label)
-    # one tick is enough: to get two around a single epoch it would take fractions
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def zoom(axes: Axes, accuracies: Iterable[float]) -> None:
-    """Limits an accuracy axis to where most of a run happens; early epochs may lie below it."""
-    values = sorted(accuracies)
-    low, high = values[len(values) // 10], values[-1]
-    margin = max(0.1 * (high - low), 0.05)
-    axes.set_ylim(low - 3 * margin, min(high + 2 * margin, 100 + margin))
-
-
-def logarithmic(axes: Axes) -> None:
-    """A logarithmic y axis with plain numbers."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def target_line(axes: Axes, datasets: Iterable[str | None]) -> list[float]:
-    """Draws the line at 99.4 %, and returns it, where one of the data sets is MNIST."""
-    if "mnist" not in datasets:
-        return []
-    label = f"target {TARGET_ACCURACY} %"
-    axes.axhline(TARGET_ACCURACY, color="0.35", linestyle=":", linewidth=1.2, label=label)
-    return [TARGET_ACCURACY]
-
-
-def curves(records: Records, title: str) -> Figure:
-    """Train and held-out accuracy and loss over the epochs."""
-    figure, grid = new_figure(10, 4, columns=2)
-    name, epochs = held_out_of(records[-1]), [record["epoch"] for record in records]
-    for axes, quantity, unit in zip(
-        grid[0], ("accuracy", "loss"), (" (%)", " (nats)"), strict=True
-    ):
-        for split, colour, style in ((name, TEST, "o-"), ("train", TRAIN, "s--")):
-            values = [record[f"{split}_{quantity}"] for record in records]
-            axes.plot(epochs, values, style, color=colour, label=split, markersize=4)
-        tidy(axes, quantity + unit)
-    target = target_line(grid[0, 0], [records[-1].get("dataset")])
-    splits = (name, "train")
-    accuracies = [record[f"{split}_accuracy"] for record in records for split in splits]
-    zoom(grid[0, 0], accuracies + target)
-    logarithmic(grid[0, 1])
-    grid[0, 0].legend(loc="lower right")
-    grid[0, 1].legend(loc="upper right")
-    figure.suptitle(title)
-    return figure
-
-
-def rates(config: Config, records: Records) -> Figure:
-    """The learning rate of every step, over the epochs."""
-    figure, grid = new_figure(6, 3.5)
-    steps_per_epoch = records[-1]["global_step"] // records[-1]["epoch"]
-    total = records[-1]["global_step"]
-    steps = range(0, total, max(1, total // 2000))
-    values = [learning_rate(config, step, steps_per_epoch) for step in steps]
-    grid[0, 0].plot([step / steps_per_epoch for step in steps], values, color=TEST)
-    grid[0, 0].set_ylim(0, max(values) * 1.05 or 1)
-    tidy(grid[0, 0], "learning rate", "epochs trained")
-    return figure
-
-
-def confusion(outcome: Outcome, name: str) -> Figure:
-    """Images by label and prediction; the colour shows the errors, the diagonal has none."""
-    matrix = outcome.confusion()
-    errors = matrix.clone().fill_diagonal_(0)
-    figure, grid = new_figure(6, 6)
-    axes = grid[0, 0]
-    highest = max(int(errors.max()), 1)
-    axes.imshow(errors, cmap="Blues", vmin=0, vmax=highest * 1.3)
-    for label in range(len(matrix)):
-        for guess in range(len(matrix)):
-            count, right = int(matrix[label, guess]), label == guess
-            dark = int(errors[label, guess]) > 0.9 * highest  # lighter blues want black
-            colour = "white" if dark else "0.45" if right else "black"
-            if count:
-                axes.text(guess, label, str(count), ha="center", va="center", color=colour, size=9)
-    total, wrong = len(outcome.labels), outcome.errors
-    axes.set(xlabel="prediction", ylabel="label", xticks=range(10), yticks=range(10))
-    axes.set_title(f"{total:,} {name} images, {wrong:,} misread", fontsize=11)
-    return figure
-
-
-def misread(outcome: Outcome, name: str) -> Figure:
-    """The surest of the misread digits, with label, prediction and its probability."""
-    count, columns = min(len(outcome.images), MISREAD_SHOWN), 8
-    rows = max(-(-count // columns), 1)
-    figure, grid = new_figure(10, 1.62 * rows + 0.5, rows, columns)
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, image, position, probability in zip(
-        grid.flat, outcome.images, outcome.misread, outcome.probabilities, strict=False
-    ):
-        label, guess = int(outcome.labels[position]), int(outcome.predictions[position])
-        axes.imshow(image, cmap="gray_r", vmin=0, vmax=255)
-        axes.set_anchor("N")  # next to its title
-        axes.set_title(f"{label} read as {guess}\n{100 * float(probability):.0f} % sure", size=9)
-    which = "all" if count == outcome.errors else f"the {count} surest"
-    figure.suptitle(f"{outcome.errors:,} {name} images misread, shown: {which}")
-    return figure
-
-
-def before_and_after(samples: Tensor) -> Figure:
-    """Training images above what augmentation makes of them."""
-    columns = min(samples.shape[1], 12)
-    figure, grid = new_figure(10, 2.3, 2, columns)
-    for row, title in enumerate(("before", "after")):
-        for column in range(columns):
-            axes = grid[row, column]
-            axes.imshow(samples[row, column], cmap="gray_r", vmin=0, vmax=255)
-            axes.set(xticks=[], yticks=[])
-        grid[row, 0].set_ylabel(title)
-    figure.suptitle("training images before and after augmentation")
-    return figure
-
-
 # Several runs
 
 
@@ -296,6 +102,11 @@ class Run:
     config: dict[str, Any]
     records: list[dict[str, Any]]
     summary: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Its folder's name, whatever the locale."""
+        return figures.readable(self.folder.name)
 
     @property
     def held_out(self) -> str:
@@ -382,7 +193,7 @@ def _changes(choices: dict[str, Any]) -> dict[str, Any]:
 
 def _legend_label(title: str, runs: Sequence[Run]) -> str:
     """A group's name as it fits below the axes; the page has it whole."""
-    short = textwrap.shorten(title, LEGEND_CHARACTERS, placeholder=" ...")
+    short = textwrap.shorten(figures.drawable(title), LEGEND_CHARACTERS, placeholder=" ...")
     return textwrap.fill(f"{short} ({_seeds(len(runs))})", LEGEND_WIDTH)
 
 
@@ -390,24 +201,26 @@ def compare(groups: dict[str, list[Run]]) -> Figure:
     """Held-out accuracy and loss over the epochs: mean and, over seeds, standard deviation."""
     labels = [_legend_label(*group) for group in groups.items()]
     lines = sum(label.count("\n") + 1 for label in labels)
-    figure, grid = new_figure(11, 4.8 + 0.22 * lines, columns=2)
+    figure, grid = figures.new_figure(11, 4.8 + 0.22 * lines, columns=2)
     held_out = "/".join(dict.fromkeys(runs[0].held_out for runs in groups.values()))
     for index, (label, runs) in enumerate(zip(labels, groups.values(), strict=True)):
-        colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
-        for axes, quantity in zip(grid[0], ("accuracy", "loss"), strict=True):
+        colour = figures.COLOURS[index % len(figures.COLOURS)]
+        line = figures.STYLES[index % len(figures.STYLES)]
+        for axes, quantity in zip(grid, ("accuracy", "loss"), strict=True):
             epochs, mean, sd = over_seeds(runs, quantity)
-            axes.plot(epochs, mean, style, color=colour, label=label, marker="o", markersize=3)
+            axes.plot(epochs, mean, line, color=colour, label=label, marker="o", markersize=3)
             if len(runs) > 1:
                 low = [m - s for m, s in zip(mean, sd, strict=True)]
                 high = [m + s for m, s in zip(mean, sd, strict=True)]
                 axes.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
     every = [run for runs in groups.values() for run in runs]
-    target = target_line(grid[0, 0], [run.records[-1].get("dataset") for run in every])
-    zoom(grid[0, 0], target + [accuracy for run in every for accuracy in run.accuracies()])
-    tidy(grid[0, 0], f"{held_out} accuracy (%)")
-    tidy(grid[0, 1], f"{held_out} loss (nats)")
-    logarithmic(grid[0, 1])
-    handles, names = grid[0, 0].get_legend_handles_labels()
+    accuracy, loss = grid
+    target = figures.target_line(accuracy, [run.records[-1].get("dataset") for run in every])
+    figures.zoom(accuracy, target + [value for run in every for value in run.accuracies()])
+    figures.label_axes(accuracy, f"{held_out} accuracy (%)")
+    figures.label_axes(loss, f"{held_out} loss (nats)")
+    figures.logarithmic(loss)
+    handles, names = accuracy.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=1, frameon=False)
     return figure
 
@@ -441,13 +254,12 @@ th, td { padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: right;
 th:first-child, td:first-child { text-align: left } th { border-bottom: 2px solid #888 }
 summary { cursor: pointer; padding: .3rem 0 } .runs img { max-width: 46rem; display: block }
 """
-FIGURES = ("curves", "confusion_matrix", "misread", "samples", "learning_rate")
 
 
 def build_page(groups: dict[str, list[Run]], picture: bytes) -> str:
     """One HTML page that needs no other file and no network."""
     runs = [run for members in groups.values() for run in members]
-    title = f"Comparison of {len(runs)} runs" if len(runs) > 1 else f"Run {runs[0].folder.name}"
+    title = f"Comparison of {len(runs)} runs" if len(runs) > 1 else f"Run {runs[0].name}"
     escaped = html.escape(title)
     sections = [
         f"<h1>{escaped}</h1>",
@@ -492,7 +304,7 @@ def _run_cells(run: Run) -> list[str]:
     best = max(accuracies)
     epochs = str(last["epoch"]) if summary else f"{last['epoch']} of {run.config.get('epochs')}"
     return [
-        *(run.folder.name, str(last.get("dataset", "")), str(run.config.get("seed", "")), epochs),
+        *(run.name, str(last.get("dataset", "")), str(run.config.get("seed", "")), epochs),
         *(f"{accuracies[-1]:.2f}", f"{best:.2f}"),
         *(str(run.records[accuracies.index(best)]["epoch"]), f"{last['train_accuracy']:.2f}"),
         *(_number(summary.get(key)) for key in ("parameters", "train_seconds")),
@@ -516,14 +328,14 @@ def _table(rows: Iterable[Sequence[str]], head: Sequence[str]) -> str:
 
 
 def _run_pictures(run: Run) -> str:
-    paths = [run.folder / "figures" / f"{name}.png" for name in FIGURES]
+    paths = [run.folder / "figures" / f"{name}.png" for name in figures.NAMES]
     images = [
-        _image(read_file(path, MAX_FILE), f"{path.stem.replace('_', ' ')} of {run.folder.name}")
+        _image(read_file(path, MAX_FILE), f"{path.stem.replace('_', ' ')} of {run.name}")
         for path in paths
         if path.is_file()
     ]
     content = "\n".join(images) or "<p>This run has no figures: it did not finish.</p>"
-    name = html.escape(run.folder.name)
+    name = html.escape(run.name)
     return f'<details class="runs"><summary>{name}</summary>\n{content}\n</details>'
 
 
@@ -550,12 +362,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folders = dict.fromkeys(folder.resolve() for folder in options.runs)  # each once
     groups = group_runs([read_run(folder) for folder in folders])
-    picture = as_png(compare(groups))
-    page = build_page(groups, picture)
+    with figures.style():
+        picture = figures.as_png(compare(groups))
+    page = build_page(groups, picture).encode("utf-8", "backslashreplace")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "comparison.png").write_bytes(picture)
-        (options.out / "comparison.html").write_text(page, encoding="utf-8")
+        (options.out / "comparison.html").write_bytes(page)
     except OSError as error:
         raise InputError(f"--out {options.out}: {error.strerror}: choose another") from error
     for title, runs in groups.items():

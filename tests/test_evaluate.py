@@ -1,5 +1,7 @@
 """Evaluation counts every image once, whatever their number."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 from data_prep.sources import load_digits
 from mnist_fast import evaluate as evaluate_module
 from mnist_fast.errors import RunError
-from mnist_fast.evaluate import evaluate, predict
+from mnist_fast.evaluate import evaluate, inspect, predict
 from mnist_fast.model import build_network
 
 
@@ -105,3 +107,21 @@ def test_predictions_are_in_float32_under_autocast_too(network, digits):
     assert plain.dtype == torch.float32
     assert plain.shape == (32, 10)
     torch.testing.assert_close(plain.exp().sum(1), torch.ones(32))
+
+
+def test_the_outcome_is_the_same_from_several_processes():
+    torch.manual_seed(0)
+    network = build_network()
+    images = torch.randint(256, (50, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.randint(10, (50,))
+    alone = inspect(network, images, labels, SimpleNamespace(gather=lambda value: [value]))
+    parts = []
+    for start, stop in ((0, 20), (20, 20), (20, 50)):  # one process has no image
+        runtime = SimpleNamespace(gather=lambda value: parts.append(value) or [value])
+        inspect(network, images[start:stop], labels[start:stop], runtime)
+    together = inspect(network, images[:20], labels[:20], SimpleNamespace(gather=lambda _: parts))
+    for name in ("labels", "predictions", "misread", "images", "probabilities"):
+        assert torch.equal(getattr(alone, name), getattr(together, name)), name
+    assert alone.errors == int((alone.predictions != labels).sum()) > 20
+    assert torch.equal(images[alone.misread, 0], alone.images)
+    assert alone.probabilities.tolist() == sorted(alone.probabilities.tolist(), reverse=True)

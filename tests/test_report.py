@@ -1,23 +1,19 @@
-"""A run's pictures and words, and the page that compares runs, seen in a real browser."""
+"""A run's result in words, and the page that compares runs, seen in a real browser."""
 
 import json
 import os
 import re
 import shutil
 import subprocess
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from made_runs import colours_in, make_outcome, make_records, make_run, make_summary
 
-from mnist_fast import report
-from mnist_fast.cli import dump, read_recipe
+from mnist_fast import figures, report
+from mnist_fast.cli import read_recipe
 from mnist_fast.config import Config
 from mnist_fast.errors import InputError
-from mnist_fast.evaluate import Outcome, inspect
-from mnist_fast.model import build_network
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 # without a network of its own, and without asking for one
@@ -25,134 +21,6 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
-
-
-def make_records(accuracies, held_out="test"):
-    return [
-        {
-            "epoch": epoch,
-            "global_step": 100 * epoch,
-            "dataset": "mnist",
-            "train_loss": 1 / epoch,
-            "train_accuracy": accuracy - 0.5,
-            f"{held_out}_loss": 0.5 / epoch,
-            f"{held_out}_accuracy": accuracy,
-            "learning_rate": 0.1,
-            "epoch_seconds": 2.0,
-            "images_per_second": 30_000.0,
-        }
-        for epoch, accuracy in enumerate(accuracies, start=1)
-    ]
-
-
-def make_summary(config, records):
-    accuracies = [record["test_accuracy"] for record in records]
-    return {
-        "dataset": "mnist",
-        "recipe": config.recipe,
-        "seed": config.seed,
-        "epochs": len(records),
-        "parameters": 7640,
-        "world_size": 1,
-        "device": "a <b>CPU</b>",
-        "precision": "no",
-        "test_accuracy": accuracies[-1],
-        "best_test_accuracy": max(accuracies),
-        "best_epoch": accuracies.index(max(accuracies)) + 1,
-        "test_images": 10_000,
-        "train_seconds": 30.0,
-        "startup_seconds": 8.0,
-        "images_per_second": 30_000.0,
-        "git_commit": "0123456789abcdef",
-    }
-
-
-def make_run(folder, accuracies=(98.0, 99.1, 99.5), finished=True, recorded="mnist", **choices):
-    folder.mkdir(parents=True)
-    recipe = choices.get("recipe", "fast")
-    config = Config(**(read_recipe(recipe) | {"recipe": recipe, "run_dir": str(folder)} | choices))
-    (folder / "config.yaml").write_text(dump(config))
-    records = [record | {"dataset": recorded} for record in make_records(accuracies)]
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    (folder / "metrics.jsonl").write_text(lines)
-    if finished:
-        summary = make_summary(config, records)
-        (folder / "summary.json").write_text(json.dumps(summary))
-    return folder
-
-
-def make_outcome(count=500, wrong=30):
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(10, (count,), generator=generator)
-    predictions = labels.clone()
-    predictions[:wrong] = (labels[:wrong] + 1) % 10
-    images = torch.randint(256, (wrong, 28, 28), dtype=torch.uint8, generator=generator)
-    return Outcome(labels, predictions, torch.arange(wrong), images, torch.linspace(1, 0.2, wrong))
-
-
-def colours_in(path):
-    with Image.open(path) as image:
-        return len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)), image.size
-
-
-# Pictures
-
-
-@pytest.mark.parametrize("wrong", [pytest.param(0, marks=pytest.mark.slow), 30])
-def test_every_figure_is_drawn_and_shows_something(tmp_path, wrong):
-    samples = torch.randint(256, (2, 32, 28, 28), dtype=torch.uint8)
-    records = make_records([98.0, 99.1, 99.5])
-    report.draw_run(
-        tmp_path, Config(schedule="onecycle"), records, make_outcome(wrong=wrong), samples
-    )
-    names = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert names == {f"{name}.png" for name in report.FIGURES}
-    for name in names:
-        colours, (width, height) = colours_in(tmp_path / "figures" / name)
-        assert colours > 20 or (name == "misread.png" and wrong == 0)
-        assert 500 < width < 2000
-        assert 100 < height < 2000
-
-
-def test_curves_show_both_splits_and_the_target():
-    figure = report.curves(make_records([97.0, 99.0, 99.5]), "a run")
-    accuracy, loss = figure.axes
-    lines = {line.get_label(): list(line.get_ydata()) for line in accuracy.lines}
-    assert lines["test"] == [97.0, 99.0, 99.5]
-    assert lines["train"] == [96.5, 98.5, 99.0]
-    assert set(lines["target 99.4 %"]) == {99.4}
-    assert (accuracy.get_ylabel(), accuracy.get_xlabel()) == ("accuracy (%)", "epoch")
-    assert loss.get_ylabel() == "loss (nats)"
-
-
-def test_the_epochs_of_a_single_one_are_whole_numbers():
-    figure = report.curves(make_records([97.0]), "a run")
-    figure.draw_without_rendering()
-    for axes in figure.axes:
-        low, high = axes.get_xlim()
-        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [1]
-
-
-def test_the_learning_rate_is_that_of_every_step():
-    config = Config(schedule="onecycle", epochs=3, learning_rate=0.2)
-    (line,) = report.rates(config, make_records([97.0, 99.0, 99.5])).axes[0].lines
-    assert max(line.get_ydata()) == pytest.approx(0.2, rel=1e-3)
-    assert len(line.get_ydata()) == 300
-
-
-def test_the_confusion_matrix_counts_by_label_and_prediction():
-    outcome = make_outcome()
-    texts = {
-        t.get_position(): t.get_text() for t in report.confusion(outcome, "test").axes[0].texts
-    }
-    matrix = outcome.confusion()
-    assert sum(map(int, texts.values())) == matrix.sum() == 500
-    assert texts[(1, 0)] == str(int(matrix[0, 1]))  # label 0 read as 1: row 0, column 1
-
-
-def test_a_fault_in_a_picture_is_one_line_and_no_error(tmp_path, capsys):
-    report.draw_run(tmp_path / "missing", Config(), make_records([99.0]), make_outcome(), None)
-    assert re.fullmatch(r"report: no figures: .*\n", capsys.readouterr().err)
 
 
 # Words
@@ -191,8 +59,6 @@ def test_other_data_is_not_judged_by_mnists_goal():
     records = [record | {"dataset": "digits"} for record in make_records([98.0, 99.5])]
     summary = make_summary(Config(), records) | {"dataset": "digits"}
     assert "no target: 99.40 % is MNIST's\n" in report.describe_run("runs/x", summary, records)
-    labels = [line.get_label() for line in report.curves(records, "x").axes[0].lines]
-    assert labels == ["test", "train"]
 
 
 # Groups
@@ -270,7 +136,8 @@ def page(tmp_path_factory):
     ]
     samples = torch.randint(256, (2, 32, 28, 28), dtype=torch.uint8)
     records = make_records([98.0, 99.1])
-    report.draw_run(runs[1], Config(), records, make_outcome(), samples)
+    figures.draw_inputs(runs[1], Config(), 100, samples)
+    figures.draw_results(runs[1], records, make_outcome())
     assert report.main([*map(str, runs), "--out", str(tmp_path / "out")]) == 0
     return tmp_path / "out" / "comparison.html"
 
@@ -306,7 +173,7 @@ def test_the_page_in_a_browser(page):
     found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)
     assert found, done.stderr
     seen = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert len(seen["images"]) == 1 + len(report.FIGURES)
+    assert len(seen["images"]) == 1 + len(figures.NAMES)
     assert all(complete and width > 500 for complete, width in seen["images"])
     assert seen["overflow"] <= 0
     assert seen["requests"] == []
@@ -333,6 +200,14 @@ def test_the_page_needs_nothing_else(page):
     text = page.read_text()
     assert "<script>" not in text
     assert not re.search(r'(src|href)="(?!data:)', text)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", "café: a=b".encode(), b"x$\\frac$"])
+def test_names_of_any_bytes_and_values_that_are_no_text(tmp_path, name):
+    folder = make_run(tmp_path / os.fsdecode(name), recorded="\ud800")
+    assert report.main([str(folder), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "comparison.html").read_text(encoding="utf-8")
+    assert f"<td>{name.decode(errors='replace')}</td><td>\\ud800</td>" in page
 
 
 # Bad input
@@ -387,24 +262,3 @@ def test_runs_of_two_kinds_of_images_are_not_mixed(tmp_path):
 def test_no_runs_is_one_line():
     with pytest.raises(InputError, match="--help"):
         report.main([])
-
-
-# The outcome that the pictures show
-
-
-def test_the_outcome_is_the_same_from_several_processes():
-    torch.manual_seed(0)
-    network = build_network()
-    images = torch.randint(256, (50, 1, 28, 28), dtype=torch.uint8)
-    labels = torch.randint(10, (50,))
-    alone = inspect(network, images, labels, SimpleNamespace(gather=lambda value: [value]))
-    parts = []
-    for start, stop in ((0, 20), (20, 20), (20, 50)):  # one process has no image
-        runtime = SimpleNamespace(gather=lambda value: parts.append(value) or [value])
-        inspect(network, images[start:stop], labels[start:stop], runtime)
-    together = inspect(network, images[:20], labels[:20], SimpleNamespace(gather=lambda _: parts))
-    for name in ("labels", "predictions", "misread", "images", "probabilities"):
-        assert torch.equal(getattr(alone, name), getattr(together, name)), name
-    assert alone.errors == int((alone.predictions != labels).sum()) > 20
-    assert torch.equal(images[alone.misread, 0], alone.images)
-    assert alone.probabilities.tolist() == sorted(alone.probabilities.tolist(), reverse=True)
