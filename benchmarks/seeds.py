@@ -22,15 +22,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks import records
-from mnist_fast import signals
+from mnist_fast import figures, signals
 from mnist_fast.cli import load
 from mnist_fast.config import Config, what_is_trained
 from mnist_fast.errors import InputError, Parser, RunError, Stopped, run_main
 from mnist_fast.records import accuracy_in, split_in
 from mnist_fast.run_folder import make_writable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -377,25 +380,27 @@ def format_report(report: dict[str, Any]) -> str:
 
 def draw(report: dict[str, Any], experiment: Experiment, path: Path) -> None:
     """A figure: each seed's accuracy with mean and interval, and its way through the epochs."""
-    import matplotlib
+    with figures.style():
+        figure, (left, right) = figures.new_figure(10, 4, columns=2)
+        draw_seeds(left, report)
+        for run in report["runs"]:
+            epochs, values = zip(*read_curve(experiment.run_dir(run["seed"])), strict=True)
+            right.plot(epochs, [100 - value for value in values], linewidth=0.8)
+        figures.label_axes(right, f"{report['evaluated_on']} error (%)")
+        figures.logarithmic(right)
+        path.write_bytes(figures.as_png(figure))
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+def draw_seeds(axes: "Axes", report: dict[str, Any]) -> None:
+    """Each seed's accuracy of the last epoch, their mean and its interval."""
     s, runs = report["accuracy"], report["runs"]
-    left.plot([run["seed"] for run in runs], [run["accuracy"] for run in runs], "o", label="seed")
-    left.axhline(s["mean"], color="black", label=f"mean {s['mean']:.3f}, n = {s['n']}")
+    accuracies = [run["accuracy"] for run in runs]
+    axes.plot([run["seed"] for run in runs], accuracies, "o", color=figures.TEST, label="seed")
+    axes.axhline(s["mean"], color="black", label=f"mean {s['mean']:.3f}, n = {s['n']}")
     if s["ci95"]:
-        left.axhspan(*s["ci95"], alpha=0.2, label="95 % interval of the mean")
-    left.set(xlabel="seed", ylabel=f"{report['evaluated_on']} accuracy of the last epoch, %")
-    left.legend()
-    for run in runs:
-        epochs, values = zip(*read_curve(experiment.run_dir(run["seed"])), strict=True)
-        right.plot(epochs, [100 - value for value in values], linewidth=0.8)
-    right.set(xlabel="epoch", ylabel=f"{report['evaluated_on']} error, %", yscale="log")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        axes.axhspan(*s["ci95"], color=figures.TEST, alpha=0.2, label="95 % interval of the mean")
+    figures.label_axes(axes, f"{report['evaluated_on']} accuracy of the last epoch (%)", "seed")
+    axes.legend()
 
 
 def read_curve(run_dir: Path) -> Iterator[tuple[int, float]]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from benchmarks.notebook_baseline import RUN_AHEAD, Baseline, endless, notebook_network, open_loader
 from benchmarks.records import add_out, count, duration, sd
 from data_prep import betons
-from mnist_fast import steps
+from mnist_fast import figures, steps
 from mnist_fast.augment import MEAN, SD
 from mnist_fast.cli import load, read_recipe
 from mnist_fast.config import Config
@@ -44,6 +44,7 @@ from mnist_fast.runtime import Runtime
 from mnist_fast.steps import Settings, TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
+
 
 BASELINE, STREAM, LOADER = "notebook pipeline", "FFCV stream alone", "DataLoader alone"
 torch._dynamo.config.cache_size_limit = 256  # every case compiles the same functions anew
@@ -429,11 +430,6 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """One bar per training case, on a logarithmic axis, with the range of its turns."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
     rows = sorted((r for r in rows if r["step"]), key=lambda row: -row["median_seconds"])
     names = [
         f"{r['name']}: {r['feed']}, {r['step']}, {r['batch_size']}, {r['precision']}" for r in rows
@@ -443,16 +439,17 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         [m - min(row["seconds"]) for m, row in zip(medians, rows, strict=True)],
         [max(row["seconds"]) - m for m, row in zip(medians, rows, strict=True)],
     ]
-    colours = ["tab:blue" if row["name"].startswith("ours") else "tab:grey" for row in rows]
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.28 * len(rows)), layout="constrained")
-    axes.barh(names, medians, xerr=spans, color=colours, ecolor="black", capsize=2)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.set_xlabel("seconds per epoch (bar: median, whisker: range)")
-    axes.set_title(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    colours = [figures.TEST if row["name"].startswith("ours") else "0.6" for row in rows]
+    with figures.style():
+        figure, (axes,) = figures.new_figure(9, 1.2 + 0.28 * len(rows))
+        axes.barh(names, medians, xerr=spans, color=colours, ecolor="black", capsize=2)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("seconds per epoch (bar: median, whisker: range)")
+        axes.set_title(title)
+        path.write_bytes(figures.as_png(figure))
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
