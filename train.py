@@ -1,5 +1,7 @@
 """Trains the network: `accelerate launch train.py --help` lists the options."""
 
+import gc
+
 from mnist_fast import signals
 from mnist_fast.errors import InputError, leave, run_main
 from mnist_fast.preflight import LIBRARIES, missing_libraries
@@ -13,8 +15,11 @@ def main() -> int:
     from mnist_fast.cli import load
 
     config = load()
+    gc.disable()  # it would search the libraries' new objects again and again
     from mnist_fast.loop import train  # after bad usage was refused: its imports take seconds
 
+    gc.freeze()
+    gc.enable()
     train(config)
     return 0
 

@@ -16,6 +16,7 @@ import numpy as np
 from mnist_fast.config import TARGET_ACCURACY, Config
 from mnist_fast.errors import one_line
 from mnist_fast.files import write_atomically
+from mnist_fast.records import split_in
 from mnist_fast.schedule import learning_rate
 
 if TYPE_CHECKING:  # matplotlib and torch take long to import
@@ -53,11 +54,6 @@ SIDE = 28  # pixels of a digit
 Records = Sequence[dict[str, Any]]
 
 
-def held_out_of(record: dict[str, Any]) -> str:
-    """What a record's run was evaluated on: `test` or `validation`."""
-    return "test" if "test_accuracy" in record else "validation"
-
-
 # The pictures of a run
 
 
@@ -90,7 +86,7 @@ def draw_results(folder: Path, records: Records, outcome: Outcome) -> None:
         records: lines of `metrics.jsonl`, at least one.
         outcome: what the network makes of the evaluation images.
     """
-    name = held_out_of(records[-1])
+    name = split_in(records[-1])
     pictures = {
         "curves": lambda: curves(records, readable(folder.name)),
         "confusion_matrix": lambda: confusion(outcome, name),
@@ -246,7 +242,7 @@ def curves(records: Records, title: str) -> Figure:
     """Train and held-out accuracy and loss over the epochs."""
     margins = {"left": 0.075, "right": 0.99, "bottom": 0.125, "top": 0.91, "wspace": 0.2}
     figure, (accuracy, loss) = new_figure(10, 4, 2, margins)
-    name, epochs = held_out_of(records[-1]), [record["epoch"] for record in records]
+    name, epochs = split_in(records[-1]), [record["epoch"] for record in records]
     for axes, quantity in ((accuracy, "accuracy"), (loss, "loss")):
         for split, colour, line in ((name, TEST, "o-"), ("train", TRAIN, "s--")):
             values = [record[f"{split}_{quantity}"] for record in records]

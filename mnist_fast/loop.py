@@ -12,6 +12,7 @@ from data_prep import betons
 from mnist_fast import (
     checkpoint,
     datasets,
+    figures,
     files,
     profiling,
     progress,
@@ -111,15 +112,7 @@ class Run:
         self.say(self.plan.describe())
         try:
             with signals.leaving_at_once():
-                self.tracker.start(self.facts(), self.progress.records, wandb_id)
-                self.parts.end("tracker")
-                self.step.warm_up(self.feed.example())
-                self.parts.end("compile")
-            if self.runtime.is_main and not self.progress.global_step:  # it draws random numbers
-                samples = datasets.preview(self.config, self.feed)
-                layers = list(layer_table(build_network(self.config.network)))
-                self.tracker.log_inputs(samples, layers, self.betons / "manifest.json")
-            self.parts.end("tracker")
+                self.set_out(wandb_id)
             profile = self.config.profile and self.runtime.is_main
             folder = self.folder / "profile" if profile else None
             with profiling.profile(folder, self.say) as self.after_step:
@@ -128,6 +121,25 @@ class Run:
             return self.conclude()
         finally:
             self.tracker.close(exit_code=1)
+
+    def set_out(self, wandb_id: str | None) -> None:
+        """Starts the tracker and compiles; what goes into the run is drawn meanwhile."""
+        drawing, samples = None, None
+        if self.runtime.is_main and figures.inputs_missing(self.folder):
+            samples = datasets.preview(self.config, self.feed)
+            given = (self.folder, self.config, self.sharding.steps, samples)
+            drawing = figures.in_background(figures.draw_inputs, *given)
+        self.tracker.start(self.facts(), self.progress.records, wandb_id)
+        self.parts.end("tracker")
+        self.step.warm_up(self.feed.example())
+        self.parts.end("compile")
+        if samples is not None and not self.progress.global_step:
+            layers = list(layer_table(build_network(self.config.network)))  # draws random numbers
+            self.tracker.log_inputs(samples, layers, self.betons / "manifest.json")
+        self.parts.end("tracker")
+        if drawing is not None:
+            drawing.join()
+        self.parts.end("figures")
 
     def resume(self) -> str | None:
         """Goes to where the newest valid checkpoint stood; returns its W&B id."""
@@ -161,8 +173,7 @@ class Run:
         self.parts.end("evaluation")
         self.tracker.log_outcome(outcome)
         if self.runtime.is_main:
-            samples = datasets.preview(self.config, self.feed)
-            report.draw_run(self.folder, self.config, self.progress.records, outcome, samples)
+            figures.draw_results(self.folder, self.progress.records, outcome)
         self.parts.end("figures")
         self.tracker.log_weights(weights, summary)
         self.tracker.finish(summary)

@@ -16,8 +16,9 @@ from mnist_fast import figures, timing
 from mnist_fast.cli import read_recipe, read_yaml, recipe_names
 from mnist_fast.config import TARGET_ACCURACY, Config, what_is_trained
 from mnist_fast.errors import InputError, Parser, one_line, run_main, some_path
-from mnist_fast.figures import Records, held_out_of
+from mnist_fast.figures import Records
 from mnist_fast.files import read_file
+from mnist_fast.records import split_in
 
 if TYPE_CHECKING:  # matplotlib takes long to import
     from matplotlib.figure import Figure
@@ -41,7 +42,7 @@ def describe_run(folder: Path, summary: dict[str, Any], records: Records) -> str
     """
     from mnist_fast.model import MAX_PARAMETERS
 
-    held_out, last = held_out_of(records[-1]), records[-1]
+    held_out, last = split_in(records[-1]), records[-1]
     accuracy, best = summary[f"{held_out}_accuracy"], summary[f"best_{held_out}_accuracy"]
     images, gap = summary[f"{held_out}_images"], accuracy - last["train_accuracy"]
     rows = {
@@ -111,7 +112,7 @@ class Run:
     @property
     def held_out(self) -> str:
         """What it was evaluated on."""
-        return held_out_of(self.records[-1])
+        return split_in(self.records[-1])
 
     def accuracies(self) -> list[float]:
         """Held-out accuracy of each epoch, in percent."""
@@ -136,7 +137,7 @@ def read_run(folder: Path) -> Run:
         summary = json.loads(read_file(file, MAX_FILE)) if file.exists() else {}
         for record in records:
             _check_record(record)
-        if len({held_out_of(record) for record in records}) > 1:
+        if len({split_in(record) for record in records}) > 1:
             raise ValueError("metrics.jsonl has epochs of test and of validation images")
         if not isinstance(summary, dict):
             raise ValueError("summary.json does not hold an object")
@@ -153,7 +154,7 @@ def read_run(folder: Path) -> Run:
 def _check_record(record: Any) -> None:
     if not isinstance(record, dict):
         raise ValueError("a line of metrics.jsonl is not an object")
-    name = held_out_of(record)
+    name = split_in(record)
     keys = ("epoch", "train_accuracy", "train_loss", f"{name}_accuracy", f"{name}_loss")
     for key in keys:
         value = record.get(key)
