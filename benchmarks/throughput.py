@@ -209,7 +209,7 @@ def our_settings(on_gpu: bool, recipe: str) -> Iterator[tuple[str, str, str, int
     """Recipe, feed, step mode, batch size and precision of our cases, those that matter first."""
     best, usual = ("captured", "bf16") if on_gpu else ("native", "no")
     other = "notebook" if recipe == "fast" else "fast"
-    fuses = on_gpu and hopper.unsupported_gpu(torch.device("cuda"), 128) is None
+    fuses = on_gpu and hopper.unsupported_gpu(torch.device("cuda"), 128, 50_000) is None
     first = [(name, "resident", "fused", 128, "no") for name in (recipe, other) if fuses]
     first += [
         (recipe, "resident", best, 128, usual),

@@ -67,10 +67,12 @@ class Sharding:
 
     def __post_init__(self) -> None:
         """Refuses sizes that some process could not train on."""
-        if self.batch_size % self.world_size:
+        if rest := self.batch_size % self.world_size:
+            lower, upper = self.batch_size - rest, self.batch_size - rest + self.world_size
+            nearest = f"{lower} or {upper}" if lower else f"{upper}"
             raise InputError(
                 f"batch_size {self.batch_size} is not divisible by {self.world_size} processes: "
-                "choose another, or another --num_processes of the launcher",
+                f"choose {nearest}, or another --num_processes of the launcher",
                 shared=True,
             )
         if not self.steps:

@@ -115,7 +115,7 @@ class Run:
                 self.set_out(wandb_id)
             profile = self.config.profile and self.runtime.is_main
             folder = self.folder / "profile" if profile else None
-            with profiling.profile(folder, self.say) as self.after_step:
+            with profiling.profile(folder, self.runtime.device, self.say) as self.after_step:
                 while self.progress.epoch < self.config.epochs:
                     self.run_epoch()
             return self.conclude()

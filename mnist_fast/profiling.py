@@ -12,7 +12,9 @@ ROWS = 10
 
 
 @contextlib.contextmanager
-def profile(folder: Path | None, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def profile(
+    folder: Path | None, device: torch.device, say: Callable[[str], None]
+) -> Iterator[Callable[[], None]]:
     """Profiles the steps of a run that are taken inside; yields what to call after each step.
 
     Writes `trace.json`, which https://ui.perfetto.dev and chrome://tracing open, and
@@ -20,13 +22,15 @@ def profile(folder: Path | None, say: Callable[[str], None]) -> Iterator[Callabl
 
     Args:
         folder: where the files go; None: nothing is profiled.
+        device: that the run computes on.
         say: prints the table.
     """
     if folder is None:
         yield lambda: None
         return
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     written = False
 
@@ -35,10 +39,11 @@ def profile(folder: Path | None, say: Callable[[str], None]) -> Iterator[Callabl
         written = True
         folder.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(folder / "trace.json"))
-        device = "device" if torch.cuda.is_available() else "cpu"
         averages = profiler.key_averages()
         averages[:] = [row for row in averages if not row.key.startswith("ProfilerStep")]
-        table = averages.table(sort_by=f"self_{device}_time_total", row_limit=ROWS)
+        table = averages.table(
+            sort_by=f"self_{'device' if on_gpu else 'cpu'}_time_total", row_limit=ROWS
+        )
         (folder / "operations.txt").write_text(table, encoding="utf-8")
         say(f"{table}\nprofile of {STEPS} steps: {folder}")
 

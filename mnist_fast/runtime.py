@@ -50,8 +50,9 @@ class Runtime:
             raise InputError(f"environment: {one_line(error)}; {advice}") from error
         self.device: torch.device = state.device
         set_threads(config.threads)
-        # float32 is to mean float32, in evaluation above all
-        torch.backends.cudnn.allow_tf32 = False
+        # float32 is to mean float32, in evaluation above all, also where a container says otherwise
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True  # a run that goes on ends with the same bits
         self.threads = torch.get_num_threads()  # a native step leaves torch one of them
         self.device_name = device_name(self.device)
         self.rank: int = state.process_index

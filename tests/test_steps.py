@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from stepping import Trained, plan_of
 
 from data_prep.sources import load_digits
+from mnist_fast import steps
 from mnist_fast.augment import augment, derive_key, normalise, scale_pixels
 from mnist_fast.config import Config
 from mnist_fast.data import ResidentFeed, Sharding
+from mnist_fast.errors import InputError
 from mnist_fast.kernels import build, cpu
 from mnist_fast.model import build_network
 from mnist_fast.runtime import Runtime
@@ -275,6 +277,60 @@ def test_the_mode_follows_choice_precision_size_and_compiler(
         other = plan_of(config, Sharding(images, 100, True), network=network)
         assert other.mode.name == "compiled"
         assert "native, because it computes multiples of 8 images, not 100" in other.describe()
+
+
+def processes(*told):
+    """What `steps.plan` asks of the runtime where each process says something of its own."""
+    answers = iter(told)
+    return SimpleNamespace(device=torch.device("cpu"), gather=lambda value: next(answers)(value))
+
+
+def test_a_reason_of_one_process_holds_for_all():
+    """A node without a compiler: the modes average gradients differently."""
+    runtime = processes(
+        lambda v: [v, v], lambda v: [v, "there is no C++ compiler"], lambda v: [v] * 2
+    )
+    found = steps.plan(Config(), build_network(), runtime, Sharding(60_000, 128, True, 0, 2))
+    assert found.mode.name == "compiled"
+    assert "native, because on process 1, there is no C++ compiler" in found.describe()
+
+
+def test_processes_started_with_different_precisions_are_refused():
+    runtime = processes(lambda v: [v, ("bf16", False)])
+    with pytest.raises(InputError, match=r"different precisions \(None, bf16\)"):
+        steps.plan(Config(), build_network(), runtime, Sharding(60_000, 128, True, 0, 2))
+
+
+def test_several_gpus_with_small_shares_are_told_what_pays():
+    note = steps.small_shares(Sharding(60_000, 128, True, 0, 8))
+    assert "8 processes share each batch of 128 images, 16 each" in note
+    assert "--batch_size 1024" in note
+    assert steps.small_shares(Sharding(60_000, 1_024, True, 0, 8)) is None
+    assert steps.small_shares(Sharding(60_000, 64, True)) is None
+
+
+def test_a_launchers_bf16_is_left_where_a_gpu_emulates_it(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (7, 5))
+    gpu = SimpleNamespace(multi_processor_count=40, shared_memory_per_block_optin=64 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(build, "why_no_inductor", lambda _: None)
+    found = plan_of(Config(), Sharding(60_000, 128, True), "cuda", build_network())
+    assert (found.mode.name, found.job.precision) == ("captured", "no")
+    assert "The launcher asked for bf16" in found.describe()
+
+
+def test_a_cpu_run_on_a_machine_with_a_gpu_trains_natively(monkeypatch, in_process):
+    """Mode and precision follow the run's device, not what torch sees."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    runtime = Runtime(Config())
+    assert runtime.device.type == "cpu"
+    if not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler (g++)")
+    found = steps.plan(Config(), build_network(), runtime, Sharding(60_000, 128, True))
+    assert (found.mode.name, found.job.precision) == ("native", "no")
 
 
 # Compiled

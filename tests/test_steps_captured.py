@@ -202,24 +202,24 @@ def small_gpu(monkeypatch):
 )
 def test_modes_on_a_gpu(small_gpu, choices, precision, mode):
     config = dataclasses.replace(LONG, precision=precision, **choices)
-    assert plan_of(config, MNIST, "cuda").mode.name == mode
+    assert plan_of(config, MNIST, "cuda", build_network()).mode.name == mode
 
 
 def test_fp16_cannot_be_captured(small_gpu):
     config = dataclasses.replace(LONG, precision="fp16")
-    line = plan_of(config, MNIST, "cuda").describe()
+    line = plan_of(config, MNIST, "cuda", build_network()).describe()
     assert line.startswith("step: eager in fp16. Passed over: ")
-    assert "captured, because it does not support fp16" in line
+    assert "captured and compiled, because it does not support fp16" in line
     with pytest.raises(InputError, match="--step captured: it does not support fp16"):
-        plan_of(dataclasses.replace(config, step="captured"), MNIST, "cuda")
+        plan_of(dataclasses.replace(config, step="captured"), MNIST, "cuda", build_network())
 
 
 @pytest.mark.parametrize("missing", ["no C compiler", "no Triton"])
 def test_without_what_triton_needs_it_falls_back_in_one_line(small_gpu, monkeypatch, missing):
     monkeypatch.setattr(build, "why_no_inductor", lambda _: f"there is {missing}")
-    found = plan_of(dataclasses.replace(LONG, precision="bf16"), MNIST, "cuda")
+    found = plan_of(dataclasses.replace(LONG, precision="bf16"), MNIST, "cuda", build_network())
     assert found.mode.name == "eager"
-    assert f"captured, because there is {missing}" in found.describe()
+    assert f"captured and compiled, because there is {missing}" in found.describe()
 
 
 PROCESSES = """

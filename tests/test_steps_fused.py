@@ -345,18 +345,18 @@ def test_auto_fuses_where_it_can_and_takes_bf16_elsewhere(
     large_gpu, choices, size, mode, precision
 ):
     config = dataclasses.replace(Config(batch_size=size), **choices)
-    found = plan_of(config, Sharding(60_000, size, True), "cuda")
+    found = plan_of(config, Sharding(60_000, size, True), "cuda", build_network())
     assert (found.mode.name, found.job.precision) == (mode, precision)
 
 
 def test_the_launchers_precision_comes_before_auto(large_gpu, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    found = plan_of(Config(), Sharding(60_000, 128, True), "cuda")
+    found = plan_of(Config(), Sharding(60_000, 128, True), "cuda", build_network())
     assert (found.mode.name, found.job.precision) == ("captured", "bf16")
     assert "fused, because it does not support bf16" in found.describe()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(InputError, match="is fp8, from the launcher: use --mixed_precision bf16"):
-        plan_of(Config(), Sharding(60_000, 128, True), "cuda")
+        plan_of(Config(), Sharding(60_000, 128, True), "cuda", build_network())
 
 
 @pytest.mark.parametrize(
@@ -369,12 +369,12 @@ def test_the_launchers_precision_comes_before_auto(large_gpu, monkeypatch):
 def test_it_is_refused_in_one_line(large_gpu, choices, size, words):
     config = Config(step="fused", batch_size=size, **choices)
     with pytest.raises(InputError, match=f"--step fused: {words}.*: use --step auto"):
-        plan_of(config, Sharding(60_000, size, True), "cuda")
+        plan_of(config, Sharding(60_000, size, True), "cuda", build_network())
 
 
 def test_a_kernel_that_does_not_compile_is_passed_over(large_gpu, monkeypatch):
     monkeypatch.setattr(hopper, "try_kernel", lambda *_: (None, "the kernel cannot be compiled"))
-    found = plan_of(Config(), Sharding(60_000, 128, True), "cuda")
+    found = plan_of(Config(), Sharding(60_000, 128, True), "cuda", build_network())
     assert found.mode.name == "captured"
     assert "fused, because the kernel cannot be compiled" in found.describe()
 
@@ -435,7 +435,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 def set_up_on_gpu(name, batch, config):
     """Network and step on the GPU, the network's copy in float64 on the CPU, batch and inputs."""
-    if reason := hopper.unsupported_gpu(torch.device("cuda"), BATCH):
+    if reason := hopper.unsupported_gpu(torch.device("cuda"), BATCH, 0):
         pytest.skip(reason)
     network = built(name)
     reference = copy.deepcopy(network).double()

@@ -189,14 +189,20 @@ def call_cuda(answer: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def keep_compiled_kernels() -> None:
-    """Keeps Inductor's kernels in the user's cache: /tmp, torch's choice, often ends with a job.
+def prepare_inductor(device_type: str) -> None:
+    """Keeps Inductor's kernels in the user's cache, and lets it choose none by timing on GPUs.
 
-    Where there is no such folder, or TORCHINDUCTOR_CACHE_DIR is set, nothing is changed.
+    /tmp, torch's choice for the cache, often ends with a job. Where the user has no cache, or
+    TORCHINDUCTOR_CACHE_DIR is set, the place is not changed.
     """
     with contextlib.suppress(OSError, RuntimeError):
         folder = cache_folder("inductor")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    if device_type == "cuda":
+        from torch._inductor import config
+
+        if hasattr(config, "deterministic"):  # since torch 2.10
+            config.deterministic = True
 
 
 def why_no_inductor(device_type: str) -> str | None:

@@ -20,19 +20,42 @@ from mnist_fast.model import Network
 SOURCE, SHARED = (Path(__file__).with_name(name) for name in ("hopper.cu", "augment.h"))
 THREADS = 512  # of a block: with more, registers are short
 MOST_CHANNELS = 64  # hopper.cu's
-SHARED_MEMORY = 227 * 1024  # bytes of a multiprocessor, of which the larger network takes 223 KB
 
 
-def unsupported_gpu(device: torch.device, images: int) -> str | None:
-    """Why a GPU, or Python here, cannot run the kernel for batches of so many images; else None."""
+def unsupported_gpu(device: torch.device, images: int, floats: int) -> str | None:
+    """Why a GPU, or Python here, cannot run the kernel; None where nothing is known against it.
+
+    Args:
+        device: the GPU.
+        images: of a batch.
+        floats: activations of one image, see `count_activations`.
+    """
     if not _has_bindings():
         return "the package cuda-bindings is missing"
     gpu = torch.cuda.get_device_properties(device)
     if gpu.multi_processor_count < images:
         return f"this GPU has {gpu.multi_processor_count} multiprocessors for {images} images"
-    if getattr(gpu, "shared_memory_per_block_optin", 0) < SHARED_MEMORY:
+    if shared_memory(device) < 4 * floats:
         return "this GPU's multiprocessors have too little shared memory"
     return None
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block can have on a GPU."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+
+
+def count_activations(network: Network) -> int:
+    """Numbers that a block keeps of one image: what convolutions take, and what they give.
+
+    Raises:
+        UnsupportedNetwork: a layer is not supported.
+    """
+    return sum(
+        layer.inputs * (layer.input_size + 2 * layer.padding) ** 2
+        + layer.outputs * (layer.input_size + 2 * layer.padding - layer.kernel + 1) ** 2
+        for layer in abi.describe(network)
+    )
 
 
 def _has_bindings() -> bool:
@@ -112,6 +135,8 @@ class Kernel:
         self._train = build.call_cuda(driver.cuModuleGetFunction(self._module, b"train"))
         self._pack = build.call_cuda(driver.cuModuleGetFunction(self._module, b"pack"))
         self._shared, self.packed = (self._constant(n) for n in (b"shared_bytes", b"packed_floats"))
+        if self._shared > (there := shared_memory(torch.device("cuda"))):
+            raise build.BuildError(f"it needs {self._shared} bytes of shared memory, not {there}")
         kind = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         build.call_cuda(driver.cuFuncSetAttribute(self._train, kind, self._shared))
 

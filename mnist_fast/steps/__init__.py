@@ -19,6 +19,7 @@ from mnist_fast.steps.native import NativeStep
 
 # In order of preference: `auto` takes the first one that supports the run.
 MODES: tuple[type[Step], ...] = (FusedStep, CapturedStep, NativeStep, CompiledStep, EagerStep)
+WORTH_A_GPU = 128  # images of a step from which a GPU's time grows with their number
 PRECISIONS = {"no": "float32", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -30,20 +31,23 @@ class Plan:
         mode: the class of the steps.
         job: what they are built for; it holds the precision.
         passed_over: names of the modes that come before it, each with the reason.
+        notes: what else the user should know, in sentences.
     """
 
     mode: type[Step]
     job: Job
     passed_over: dict[str, str]
+    notes: tuple[str, ...] = ()
 
     def describe(self) -> str:
-        """Mode, precision and reasons as one line."""
+        """Mode, precision, reasons and notes as one line."""
         line = f"step: {self.mode.name} in {PRECISIONS[self.job.precision]}"
         reasons: dict[str, list[str]] = {}
         for name, reason in self.passed_over.items():
             reasons.setdefault(reason, []).append(name)
         told = [f"{' and '.join(modes)}, because {reason}" for reason, modes in reasons.items()]
-        return f"{line}. Passed over: {'; '.join(told)}" if told else line
+        passed_over = [f"Passed over: {'; '.join(told)}"] if told else []
+        return ". ".join([line, *passed_over, *self.notes])
 
     def build(self, state: TrainState, runtime: Runtime) -> Step:
         """The step, which trains the state."""
@@ -77,7 +81,9 @@ def plan(config: Config, network: Network, runtime: Runtime, sharding: Sharding)
     Raises:
         InputError: what is asked for by name is not supported, on this process or on another.
     """
-    wanted, default = _agree_on_precision(config, runtime)
+    wanted, default, notes = _agree_on_precision(config, runtime)
+    if runtime.device.type == "cuda" and (note := small_shares(sharding)):
+        notes = (*notes, note)
     images = config.epochs * sharding.samples
     passed_over: dict[str, str] = {}
     for mode in _candidates(config.step, runtime.device):
@@ -88,7 +94,7 @@ def plan(config: Config, network: Network, runtime: Runtime, sharding: Sharding)
             reason = f"a run of {images:,} images is too short"
         reason = _first(runtime.gather(reason or unsupported_reason(mode, job)))
         if reason is None:
-            return Plan(mode, job, passed_over)
+            return Plan(mode, job, passed_over, notes)
         if config.step != "auto":
             raise InputError(f"--step {mode.name}: {reason}: use --step auto", shared=True)
         passed_over[mode.name] = reason
@@ -119,8 +125,22 @@ def _first(reasons: list[str | None]) -> str | None:
     return None
 
 
-def _agree_on_precision(config: Config, runtime: Runtime) -> tuple[str | None, str]:
-    """The precision that was asked for, or None, and the one that GPUs get otherwise.
+def small_shares(sharding: Sharding) -> str | None:
+    """What to do where several GPUs share batches too small for one of them; None elsewhere."""
+    processes, size = sharding.world_size, sharding.local_size
+    if processes == 1 or size >= WORTH_A_GPU:
+        return None
+    return (
+        f"{processes} processes share each batch of {sharding.batch_size} images, {size} each, "
+        f"which keeps no GPU busy: one process may be as fast (--num_processes 1 of the launcher), "
+        f"and --batch_size {processes * WORTH_A_GPU} gives each enough to do (see --recipe scale)"
+    )
+
+
+def _agree_on_precision(
+    config: Config, runtime: Runtime
+) -> tuple[str | None, str, tuple[str, ...]]:
+    """The precision that was asked for, or None, the one that GPUs get otherwise, and notes.
 
     Raises:
         InputError: the processes were asked for different ones, or for one that they do not have.
@@ -133,7 +153,11 @@ def _agree_on_precision(config: Config, runtime: Runtime) -> tuple[str | None, s
         raise InputError(f"{fault}: give the same --precision to all", shared=True)
     if wanted == "fp16" and runtime.device.type == "cpu":
         raise InputError("--precision fp16 needs a GPU: use bf16 or no", shared=True)
-    return wanted, "bf16" if all(has for _, has in told) else "no"
+    have_bf16 = all(has for _, has in told)
+    on_gpu, from_launcher = runtime.device.type == "cuda", config.precision == "auto"
+    if wanted == "bf16" and on_gpu and from_launcher and not have_bf16:
+        return None, "no", ("The launcher asked for bf16, which not every GPU here supports",)
+    return wanted, "bf16" if have_bf16 else "no", ()
 
 
 def _launchers_precision() -> str | None:

@@ -27,7 +27,7 @@ class CompiledStep(BackpropStep):
 
     def __init__(self, job: Job, state: TrainState, runtime: Runtime):
         super().__init__(job, state, runtime)
-        build.keep_compiled_kernels()
+        build.prepare_inductor(job.device.type)
         self._forward_whole = torch.compile(super().forward, dynamic=False)
         # on CPUs the eager kernels are the faster ones
         self._augment = (

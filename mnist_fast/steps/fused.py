@@ -37,7 +37,11 @@ class FusedStep:
             return "it does not average weights (ema_decay)"
         if job.sharding.world_size > 1:
             return "it supports one process alone"
-        if reason := hopper.unsupported_gpu(job.device, images):
+        try:
+            floats = hopper.count_activations(job.network)
+        except abi.UnsupportedNetwork as error:
+            return f"the network has an {error}"
+        if reason := hopper.unsupported_gpu(job.device, images, floats):
             return reason
         kernel, reason = hopper.try_kernel(job.network, images)
         return None if kernel else reason
@@ -54,7 +58,7 @@ class FusedStep:
         self._offsets = torch.arange(job.sharding.local_size, device=job.device)
         self._augment: Any = augment
         if not self._augments:
-            build.keep_compiled_kernels()
+            build.prepare_inductor(job.device.type)
             if job.device.type == "cuda":
                 self._augment = torch.compile(augment, dynamic=False)
         buffers = self._lay_out(job)
