@@ -81,6 +81,21 @@ def report_error(error: _OneLineError | Stopped, program: str) -> int:
     return 2 if isinstance(error, InputError) else 1
 
 
+def open_standard_streams() -> None:
+    """Opens standard streams that the caller closed, on nothing.
+
+    Otherwise the next file that is opened gets the number of the closed stream, and the messages.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+
+
 def leave(status: int) -> NoReturn:
     """Ends this process, whose exit status is settled, and waits for no thread.
 
@@ -101,6 +116,7 @@ def run_main(main: Callable[[], int], program: str) -> int:
 
     Characters that standard output's encoding lacks, as in a file's name, are printed as escapes.
     """
+    open_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):  # standard error does so anyway
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

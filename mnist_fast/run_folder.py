@@ -39,11 +39,19 @@ def make_new(wanted: Path) -> Path:
         try:
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
+        except (FileExistsError, NotADirectoryError) as error:
+            if not folder.parent.is_dir():  # a file or a link to nothing: no number helps
+                where = f"{folder.parent}: {_what_is_there(folder.parent)}, not a folder"
+                raise InputError(f"{where}: move it away, or choose a --run_dir") from error
             number += 1
             folder = wanted.with_name(f"{wanted.name}-{number}")
         except OSError as error:
             raise InputError(f"{folder}: {error.strerror}: choose a --run_dir") from error
+
+
+def _what_is_there(path: Path) -> str:
+    """What stands in a folder's place, in words."""
+    return "a link to nothing" if path.is_symlink() and not path.exists() else "a file"
 
 
 def make_writable(folder: Path, option: str) -> None:
@@ -73,8 +81,10 @@ def lock(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
-        where = error.filename or folder
-        raise InputError(f"{where}: {error.strerror}: choose another --run_dir") from error
+        where, reason = error.filename or folder, error.strerror
+        if isinstance(error, FileExistsError):
+            reason = f"{_what_is_there(Path(where))}, not a folder"
+        raise InputError(f"{where}: {reason}: choose another --run_dir") from error
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

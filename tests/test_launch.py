@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ import torch
 import yaml
 from distributed_checks import all_checks
 from helpers import (
+    QUICK,
     RECORD_KEYS,
     ROOT,
     SUMMARY_KEYS,
@@ -213,6 +215,35 @@ def test_half_an_environment_of_a_launcher_is_one_line(tmp_path, small_betons, g
     assert "unset WORLD_SIZE" in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("place", ["runs", "--run_dir", "file"])
+def test_a_link_to_nothing_in_a_folders_place_is_one_line(tmp_path, small_betons, place):
+    """Counting up names for a new folder beside it would never end."""
+    words = ["--data_dir", small_betons, *QUICK]
+    if place == "file":
+        (tmp_path / "runs").write_text("mine")
+    else:
+        (tmp_path / "runs").symlink_to(tmp_path / "nothing")
+        words += ["--run_dir", tmp_path / "runs"] if place == "--run_dir" else []
+    done = train_script(*words, cwd=tmp_path, timeout=80)
+    assert done.returncode == 2
+    (line,) = error_lines(done.stderr)
+    assert ("a file" if place == "file" else "a link to nothing") in line
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_change_nothing(tmp_path, small_betons, closed):
+    words = [sys.executable, helpers.TRAIN, *QUICK, "--data_dir", small_betons, "--epochs", "1"]
+    command = shlex.join(map(str, [*words, "--run_dir", tmp_path / "run"]))
+    done = helpers.launch("bash", "-c", f"{command} {closed}", cwd=tmp_path, timeout=80)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert_complete(tmp_path / "run", epochs=1)
+    for path in (tmp_path / "run").rglob("*.json*"):  # no message went into a file
+        assert "epoch  1/1" not in path.read_text()
 
 
 @pytest.mark.timeout(90)
