@@ -1,10 +1,11 @@
-"""Seconds from the shell to the end of the first step, and to the end of a whole short run.
+"""Where the seconds of a short run go, from the shell to the prompt, beside the least they can be.
 
-    python benchmarks/startup.py --rounds 3
+    python benchmarks/startup.py --rounds 5
 
-Launches `accelerate launch train.py --epochs 1`, once to fill caches and then a few times that
-count. The first step's end is the start of train.py's process, as the kernel tells it, plus
-`startup_seconds` of `summary.json`. Writes startup.json.
+In each round two launches take turns: one that only imports torch and accelerate, the floor, and
+`accelerate launch train.py --epochs 1` with W&B offline and all figures drawn. The overhead is the
+time of the second less its training. One round before fills caches and does not count. Prints the
+medians and the run's own table of parts; writes startup.json.
 """
 
 import json
@@ -19,14 +20,28 @@ from typing import Any
 import psutil
 
 from benchmarks import records
-
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.records import ROOT
+from mnist_fast.timing import PARTS, seconds_since_start
 
 TRAIN = str(ROOT / "train.py")
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
 
 
-def started_at(launcher: subprocess.Popen[bytes]) -> float:
-    """When train.py's own process began, in seconds since 1970; waits for it.
+def measure_floor(timeout: float) -> float:
+    """Seconds of a launch that only imports torch and accelerate."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "floor.py"
+        script.write_text("import torch, accelerate\n")
+        begun = time.perf_counter()
+        with records.time_limit(timeout), records.launch([*LAUNCH, str(script)]) as launcher:
+            launcher.wait()
+        if launcher.returncode:
+            raise subprocess.CalledProcessError(launcher.returncode, launcher.args)
+        return time.perf_counter() - begun
+
+
+def wait_for_start(launcher: subprocess.Popen[bytes]) -> float:
+    """Seconds since train.py's own process was started, as soon as it is there.
 
     Raises:
         CalledProcessError: the launcher ended without starting it.
@@ -35,8 +50,8 @@ def started_at(launcher: subprocess.Popen[bytes]) -> float:
         for child in psutil.Process(launcher.pid).children(recursive=True):
             try:
                 if TRAIN in child.cmdline():
-                    return child.create_time()
-            except psutil.Error:  # it has just ended
+                    return seconds_since_start(child.pid)
+            except (psutil.Error, OSError):  # it has just ended
                 continue
         time.sleep(0.02)
     raise subprocess.CalledProcessError(launcher.returncode, launcher.args)
@@ -46,40 +61,51 @@ def measure(choices: list[str], timeout: float) -> tuple[dict[str, float], dict[
     """Launches one run; its seconds and its `summary.json`."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        command = [sys.executable, "-m", "accelerate.commands.launch", TRAIN, *choices]
-        command += ["--run_dir", str(run)]
-        begun = time.time()
+        command = [*LAUNCH, TRAIN, *choices, "--run_dir", str(run)]
+        begun = time.perf_counter()
         with records.time_limit(timeout), records.launch(command) as launcher:
-            process = started_at(launcher)
+            launching = time.perf_counter() - begun - wait_for_start(launcher)
             launcher.wait()
-        ended = time.time()
+        whole = time.perf_counter() - begun
         if launcher.returncode:
             raise subprocess.CalledProcessError(launcher.returncode, command)
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     seconds = {
-        "launcher_seconds": process - begun,
-        "startup_seconds": summary["startup_seconds"],
-        "first_step_seconds": process - begun + summary["startup_seconds"],
-        "whole_seconds": ended - begun,
-        "train_seconds": summary["train_seconds"],
+        "whole": whole,
+        "overhead": whole - summary["train_seconds"],
+        "first_step": launching + summary["startup_seconds"],
+        "launcher": whole - sum(summary["seconds"].values()),
+        **summary["seconds"],
     }
     return seconds, summary
+
+
+def format_table(medians: dict[str, float]) -> str:
+    """The medians, the parts of the run indented."""
+    rows = [f"{'seconds, medians':<20}"]
+    for name, value in medians.items():
+        indent = "  " if name in PARTS or name == "launcher" else ""
+        rows.append(f"{indent + name:<20}{value:>8.2f}")
+    ratio = medians["overhead"] / medians["floor"]
+    return "\n".join([*rows, f"overhead: {ratio:.2f} times the floor"])
 
 
 def main() -> int:
     """Measures, prints, writes; options it does not know are handed on to train.py."""
     options, choices = records.parse(records.build_parser(__doc__, rounds=3))
     choices = ["--epochs", "1", "--wandb", "offline", *choices]
-    _, summary = measure(choices, options.run_timeout)
     runs: list[dict[str, float]] = []
-    for _ in range(options.rounds):
+    for number in range(options.rounds + 1):
+        floor = measure_floor(options.run_timeout)
         seconds, summary = measure(choices, options.run_timeout)
-        runs.append(seconds)
-        print(*(f"{value:.2f} {name}" for name, value in runs[-1].items()), flush=True)
+        if number:
+            runs.append({"floor": floor, **seconds})
+            print(*(f"{value:.2f} {name}" for name, value in runs[-1].items()), flush=True)
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-    first = medians["first_step_seconds"]
-    print(f"shell to the end of the first step: {first:.1f} s (median of {options.rounds})")
-    records.write("startup", options, summary, {"runs": runs, "medians": medians})
+    print(format_table(medians))
+    ratio = medians["overhead"] / medians["floor"]
+    record = {"runs": runs, "medians": medians, "overhead_by_floor": ratio}
+    records.write("startup", options, summary, record)
     return 0
 
 

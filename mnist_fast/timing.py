@@ -11,9 +11,9 @@ PARTS = (
 )
 
 
-def seconds_since_start() -> float:
-    """Seconds since this process was started, to a hundredth."""
-    stat = Path("/proc/self/stat").read_bytes()
+def seconds_since_start(process: int | str = "self") -> float:
+    """Seconds since a process, by default this one, was started, to a hundredth."""
+    stat = Path(f"/proc/{process}/stat").read_bytes()
     ticks = int(stat.rpartition(b")")[2].split()[19])  # field 22, since the machine was booted
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
