@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mnist_fast.augment import derive_key
+from mnist_fast.beton import Beton
 from mnist_fast.errors import InputError, RunError
 from mnist_fast.imports import plain_dictionaries
 
@@ -292,12 +293,5 @@ def _wait_for_batch(iterator: Any, name: str) -> None:
 
 def read_all(path: Path, rows: range, device: torch.device) -> tuple[Tensor, Tensor]:
     """Reads rows of a beton into device memory: images uint8 (n, 1, 28, 28), labels int64 (n,)."""
-    loader = open_loader(path, min(4096, max(1, len(rows))), torch.device("cpu"))
-    images = torch.empty(len(rows), *loader.reader.handlers["image"].shape, dtype=torch.uint8)
-    labels = torch.empty(len(rows), dtype=torch.int64)
-    done = 0
-    for some_images, some_labels in read_batches(loader, np.arange(rows.start, rows.stop)):
-        images[done : done + len(some_labels)] = some_images
-        labels[done : done + len(some_labels)] = some_labels
-        done += len(some_labels)
+    images, labels = Beton(path).read(rows)
     return images.to(device), labels.to(device)

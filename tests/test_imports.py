@@ -11,7 +11,7 @@ from helpers import ROOT
 LAYERS = [
     {"errors", "files", "imports", "preflight", "timing"},
     {"config", "provenance", "signals"},
-    {"augment", "cli", "model", "optim", "records", "run_folder", "schedule"},
+    {"augment", "beton", "cli", "model", "optim", "records", "run_folder", "schedule"},
     {"checkpoint", "data", "profiling", "progress", "kernels.abi", "kernels.build"}
     | {"kernels.cpu", "kernels.hopper", "runtime", "evaluate"},
     {"datasets", "steps.base"},

@@ -55,12 +55,8 @@ def test_test_labels_change_nothing(run, two_test_sets, in_process, tmp_path, mo
 
     Without one, the same runs tell the two test sets apart: so this test could fail.
     """
-    opened, open_loader = [], data.open_loader
-    monkeypatch.setattr(
-        data,
-        "open_loader",
-        lambda path, *rest: opened.append(path.name) or open_loader(path, *rest),
-    )
+    opened, beton = [], data.Beton
+    monkeypatch.setattr(data, "Beton", lambda path: opened.append(path.name) or beton(path))
     results = {}
     for held_out in (HELD_OUT, 0):
         opened.clear()
