@@ -269,12 +269,13 @@ def read_batches(loader: Any, rows: Sequence[int] | np.ndarray) -> Iterator[tupl
 
 def _end(iterator: Any) -> None:
     """Ends a loader's thread; it may be waiting for room in its queue to say that it is done."""
+    iterator.iter_ixes = iter(())  # else it decodes the rest of the epoch as its queue is emptied
     iterator.close()
     deadline = time.monotonic() + LOADER_TIMEOUT
     while iterator.is_alive() and time.monotonic() < deadline:
         with contextlib.suppress(queue.Empty):
             iterator.output_queue.get_nowait()
-        iterator.join(timeout=0.02)
+        iterator.join(timeout=0.002)
 
 
 def _wait_for_batch(iterator: Any, name: str) -> None:

@@ -3,6 +3,8 @@
 import json
 import shutil
 import sys
+import threading
+import time
 
 import helpers
 import numpy as np
@@ -110,6 +112,26 @@ def test_a_repeated_beton_holds_the_samples_again(small_betons, tmp_path):
     assert samples == 3 * 1437
     assert (more_images == images.repeat(3, 1, 1, 1)).all()
     assert (more_labels == labels.repeat(3)).all()
+
+
+@pytest.mark.timeout(120)
+def test_leaving_a_long_epoch_does_not_read_the_rest_of_it(small_betons, tmp_path):
+    """The loader's thread ends with the batch it is at, not with the 20,000 that follow."""
+    import torch
+
+    from mnist_fast.data import Sharding, StreamFeed
+
+    samples = repeat_beton(small_betons / "train.beton", tmp_path / "large.beton", 28)
+    sharding = Sharding(samples, 2, drop_last=True)
+    feed = StreamFeed(tmp_path / "large.beton", sharding, 1, torch.device("cpu"))
+    batches = feed.epoch(0)
+    next(batches)
+    threads = [t for t in threading.enumerate() if hasattr(t, "iter_ixes")]
+    assert len(threads) == 1
+    started = time.monotonic()
+    batches.close()
+    assert time.monotonic() - started < 5
+    assert not threads[0].is_alive()
 
 
 @pytest.mark.slow
