@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import queue
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -162,12 +164,13 @@ class StreamFeed:
 
     def __init__(self, path: Path, sharding: Sharding, seed: int, device: torch.device):
         self.sharding, self.seed, self.device = sharding, seed, device
+        self.shape = Beton(path).shape
         self.loader = open_loader(path, sharding.local_size, device)
 
     def example(self) -> Batch:
         """A whole blank batch in the form of the epochs' batches."""
-        size, shape = self.sharding.local_size, self.loader.reader.handlers["image"].shape
-        images = torch.zeros(size, *shape, dtype=torch.uint8, device=self.device)
+        size = self.sharding.local_size
+        images = torch.zeros(size, *self.shape, dtype=torch.uint8, device=self.device)
         labels = torch.zeros(size, dtype=torch.int64, device=self.device)
         return Batch(images, labels, None, 0, self.sharding.batch_size)
 
@@ -185,50 +188,24 @@ class StreamFeed:
             yield Batch(images, labels, None, start, size)
 
 
-def open_loader(path: Path, batch_size: int, device: torch.device) -> Any:
-    """An FFCV loader of (images, labels) on a device, in an order given later.
+@functools.cache
+def import_ffcv() -> None:
+    """Imports FFCV and fits it to a process that does other things beside.
 
-    FFCV sets the number of torch's threads to its own in this thread and in each epoch's; it is
-    built for one thread here (its work is a copy of 784 bytes per image) and then told torch's
-    number, so that it changes nothing.
+    - FFCV sets torch's number of threads to its own at its import, with each loader and in each
+      epoch's thread. It sets numba's alone from here on.
+    - Its page manager builds dictionaries of sets for every sample, gigabytes for millions of
+      images, that only another manager reads, and its reader keeps a table that nobody reads
+      again. Loaders keep about 100 bytes per image without.
     """
-    threads = torch.get_num_threads()  # before FFCV's import, which alone sets it to 1
-    import numba
-
+    threads = torch.get_num_threads()
     with plain_dictionaries():
-        from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
-        from ffcv.loader import Loader, OrderOption
-        from ffcv.transforms import Squeeze, ToDevice, ToTensor
-
-    to_device = [ToDevice(device, non_blocking=True)] if device.type != "cpu" else []
-    try:
-        with lean_tables():
-            loader = Loader(
-                str(path),
-                batch_size=batch_size,
-                num_workers=1,
-                order=OrderOption.SEQUENTIAL,
-                drop_last=False,
-                pipelines={
-                    "image": [NDArrayDecoder(), ToTensor(), *to_device],
-                    "label": [IntDecoder(), ToTensor(), *to_device, Squeeze(1)],
-                },
-            )
-    finally:
-        torch.set_num_threads(threads)
-    loader.num_workers = min(threads, numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    return loader
-
-
-@contextlib.contextmanager
-def lean_tables() -> Iterator[None]:
-    """FFCV loaders that are made inside keep about 100 bytes per image in memory.
-
-    FFCV's own page manager builds dictionaries of sets for every sample, gigabytes for millions of
-    images, that only another manager reads; and its reader keeps a table that nobody reads again.
-    """
-    from ffcv.loader import loader as module
+        from ffcv.loader import loader
     from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
+    from ffcv.pipeline import compiler
+
+    torch.set_num_threads(threads)
+    compiler.ch = SimpleNamespace(set_num_threads=lambda count: None)
 
     class LeanManager(OSCacheManager):
         def __init__(self, reader: Any):
@@ -240,11 +217,51 @@ def lean_tables() -> Iterator[None]:
             reader.alloc_table = None
             self.context = OSCacheContext(self)
 
-    module.OSCacheManager = LeanManager
-    try:
-        yield
-    finally:
-        module.OSCacheManager = OSCacheManager
+    loader.OSCacheManager = LeanManager
+
+
+def open_loader(path: Path, batch_size: int, device: torch.device) -> Any:
+    """An FFCV loader of (images, labels) on a device, in an order given later.
+
+    It is built for one thread, as its work is a copy of 784 bytes per image.
+    """
+    import_ffcv()
+    from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
+    from ffcv.loader import Loader, OrderOption, epoch_iterator
+    from ffcv.transforms import Squeeze, ToDevice, ToTensor
+
+    # FFCV asks torch whether there is a GPU; what counts is where the run computes
+    epoch_iterator.IS_CUDA = device.type == "cuda"
+    # FFCV fills a host buffer again when the device was told to copy it, not when it has: the copy
+    # must be over by then. The loader's thread waits for it, on a stream of its own.
+    to_device = [ToDevice(device, non_blocking=False)] if device.type != "cpu" else []
+    loader = Loader(
+        str(path),
+        batch_size=batch_size,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        drop_last=False,
+        pipelines={
+            "image": [NDArrayDecoder(), ToTensor(), *to_device],
+            "label": [IntDecoder(), ToTensor(), *to_device, Squeeze(1)],
+        },
+    )
+    if device.type == "cpu":  # FFCV would pin them, for which it starts a GPU where there is one
+        loader.graph.allocate_memory = functools.partial(host_buffers, loader.graph)
+    return loader
+
+
+def host_buffers(graph: Any, batch_size: int, slots: int) -> dict[str, dict[int, Any]]:
+    """What `allocate_memory` of FFCV's graph returns, without the buffers on a GPU, not pinned."""
+    return {
+        kind: {
+            node: np.empty((slots, batch_size, *query.shape), query.dtype)
+            if query and isinstance(query.dtype, np.dtype)
+            else None
+            for node, query in queries.items()
+        }
+        for kind, queries in graph.collect_requirements()[0].items()
+    }
 
 
 def read_batches(loader: Any, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
@@ -253,16 +270,22 @@ def read_batches(loader: Any, rows: Sequence[int] | np.ndarray) -> Iterator[tupl
     Raises:
         RunError: the loader's thread ended early, or gave nothing for two minutes.
     """
-    from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.loader import epoch_iterator
 
-    iterator = EpochIterator(loader, np.asarray(rows, dtype=np.uint64))
-    on_cpu = not torch.cuda.is_available()
+    if epoch_iterator.IS_CUDA:
+        # FFCV's streams do not wait for work that is still under way in the memory they are given
+        torch.cuda.current_stream().synchronize()
+    iterator = epoch_iterator.EpochIterator(loader, np.asarray(rows, dtype=np.uint64))
     try:
         for _ in range(0, len(rows), loader.batch_size):
             _wait_for_batch(iterator, loader.fname)
             images, labels = next(iterator)
-            # FFCV reuses its buffers: on the CPU nothing else keeps a batch from being overwritten
-            yield (images.clone(), labels.clone()) if on_cpu else (images, labels)
+            if images.device.type == "cpu":
+                # FFCV reuses its buffers: here nothing else keeps a batch from being overwritten
+                yield images.clone(), labels.clone()
+            else:
+                # FFCV's strides on a GPU, (784, 1, 28, 1), would have the augmentation recompiled
+                yield images.flatten(1).view(images.shape), labels
     finally:
         _end(iterator)
 
