@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import functools
 import queue
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ from mnist_fast.errors import InputError, RunError
 from mnist_fast.imports import plain_dictionaries
 
 LOADER_TIMEOUT = 120.0  # seconds without a batch after which a loader counts as hung
+_OPENING = threading.Lock()  # FFCV numbers the parts of all loaders by one counter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,14 +161,25 @@ class ResidentFeed:
 
 
 class StreamFeed:
-    """Reads each batch from the beton with FFCV while the one before is trained on."""
+    """Reads each batch from the beton with FFCV while the one before is trained on.
+
+    FFCV's loader is compiled in the background: its first use waits for it.
+    """
 
     name = "stream"
 
     def __init__(self, path: Path, sharding: Sharding, seed: int, device: torch.device):
         self.sharding, self.seed, self.device = sharding, seed, device
         self.shape = Beton(path).shape
-        self.loader = open_loader(path, sharding.local_size, device)
+        import_ffcv()
+        opener = ThreadPoolExecutor(1, "open-loader")
+        self._opened = opener.submit(open_loader, path, sharding.local_size, device)
+        opener.shutdown(wait=False)
+
+    @property
+    def loader(self) -> Any:
+        """FFCV's loader, compiled; raises what opening it raised."""
+        return self._opened.result()
 
     def example(self) -> Batch:
         """A whole blank batch in the form of the epochs' batches."""
@@ -221,9 +235,10 @@ def import_ffcv() -> None:
 
 
 def open_loader(path: Path, batch_size: int, device: torch.device) -> Any:
-    """An FFCV loader of (images, labels) on a device, in an order given later.
+    """An FFCV loader of (images, labels) on a device, in an order given later, compiled.
 
-    It is built for one thread, as its work is a copy of 784 bytes per image.
+    Nothing here uses a GPU: it may run in a thread while another captures graphs. The loader is
+    built for one thread, as its work is a copy of 784 bytes per image.
     """
     import_ffcv()
     from ffcv.fields.decoders import IntDecoder, NDArrayDecoder
@@ -235,19 +250,21 @@ def open_loader(path: Path, batch_size: int, device: torch.device) -> Any:
     # FFCV fills a host buffer again when the device was told to copy it, not when it has: the copy
     # must be over by then. The loader's thread waits for it, on a stream of its own.
     to_device = [ToDevice(device, non_blocking=False)] if device.type != "cpu" else []
-    loader = Loader(
-        str(path),
-        batch_size=batch_size,
-        num_workers=1,
-        order=OrderOption.SEQUENTIAL,
-        drop_last=False,
-        pipelines={
-            "image": [NDArrayDecoder(), ToTensor(), *to_device],
-            "label": [IntDecoder(), ToTensor(), *to_device, Squeeze(1)],
-        },
-    )
+    with _OPENING:
+        loader = Loader(
+            str(path),
+            batch_size=batch_size,
+            num_workers=1,
+            order=OrderOption.SEQUENTIAL,
+            drop_last=False,
+            pipelines={
+                "image": [NDArrayDecoder(), ToTensor(), *to_device],
+                "label": [IntDecoder(), ToTensor(), *to_device, Squeeze(1)],
+            },
+        )
     if device.type == "cpu":  # FFCV would pin them, for which it starts a GPU where there is one
         loader.graph.allocate_memory = functools.partial(host_buffers, loader.graph)
+    _compile_decoders(loader)
     return loader
 
 
@@ -262,6 +279,20 @@ def host_buffers(graph: Any, batch_size: int, slots: int) -> dict[str, dict[int,
         }
         for kind, queries in graph.collect_requirements()[0].items()
     }
+
+
+def _compile_decoders(loader: Any) -> None:
+    """Decodes one image, for which numba compiles; an epoch would do it at its first batch."""
+    arguments = {
+        prefix + str(node): None if buffer is None else buffer[0]
+        for kind, prefix in (("operation", "memory_"), ("shared", "shared_memory_"))
+        for node, buffer in host_buffers(loader.graph, 1, 1)[kind].items()
+    }
+    decode, _ = loader.code[0][0]
+    with loader.memory_manager.schedule_epoch([]) as memory:
+        rows = np.zeros(1, dtype=np.uint64)
+        metadata = loader.reader.metadata
+        decode(batch_indices=rows, metadata=metadata, storage_state=memory.state, **arguments)
 
 
 def read_batches(loader: Any, rows: Sequence[int] | np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from ffcv.loader.epoch_iterator import EpochIterator
+from numba.core.dispatcher import Dispatcher
 
 from data_prep.sources import load_digits
 from mnist_fast import data
@@ -304,3 +305,47 @@ def test_a_batch_of_one_keeps_its_shape(small_betons, digits):
     loader = open_loader(small_betons / "train.beton", 4, CPU)
     shapes = [(images.shape, labels.shape) for images, labels in read_batches(loader, range(5))]
     assert shapes == [((4, 1, 28, 28), (4,)), ((1, 1, 28, 28), (1,))]
+
+
+def compiled_versions(loader):
+    """How often each of a loader's decoders was compiled, each for other types of arguments."""
+    decode, _ = loader.code[0][0]
+    functions = decode.__globals__.values()
+    return [len(f.signatures) for f in functions if isinstance(f, Dispatcher)]
+
+
+def test_an_epoch_compiles_nothing(feeds):
+    """All is compiled when the loader is open, for the arguments that the epochs have."""
+    stream = feeds(Sharding(SAMPLES, 128, drop_last=False))[1]
+    assert compiled_versions(stream.loader) == [1, 1]
+    assert len(list(stream.epoch(0))) == 12
+    assert compiled_versions(stream.loader) == [1, 1]
+
+
+@pytest.mark.timeout(60)
+def test_the_loader_is_opened_in_the_background(small_betons, digits, monkeypatch):
+    release = threading.Event()
+
+    def wait_and_open(*arguments):
+        assert release.wait(30)
+        return open_loader(*arguments)
+
+    monkeypatch.setattr(data, "open_loader", wait_and_open)
+    sharding = Sharding(SAMPLES, 128, drop_last=True)
+    stream = StreamFeed(small_betons / "train.beton", sharding, seed=1, device=CPU)
+    assert stream.example().images.shape == (128, 1, 28, 28)  # needs no loader
+    release.set()
+    images = torch.cat([batch.images for batch in stream.epoch(0)])
+    assert torch.equal(images, digits[0][epoch_order(1, 0, SAMPLES)[: len(images)]])
+
+
+@pytest.mark.timeout(60)
+def test_a_loader_that_cannot_be_opened_ends_the_epoch_with_its_error(small_betons, monkeypatch):
+    def fail(*_):
+        raise RunError("no memory")
+
+    monkeypatch.setattr(data, "open_loader", fail)
+    sharding = Sharding(SAMPLES, 128, drop_last=True)
+    stream = StreamFeed(small_betons / "train.beton", sharding, seed=1, device=CPU)
+    with pytest.raises(RunError, match="no memory"):
+        next(stream.epoch(0))
