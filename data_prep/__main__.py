@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_prep.betons import Manifest, default_folder, prepare, verify
-from data_prep.manifest import MANIFEST_NAME
+from data_prep.manifest import DATASETS as SELF_CONTAINED
+from data_prep.manifest import MANIFEST_NAME, NAME
 from data_prep.sources import DATASETS
 from mnist_fast.errors import Parser, run_main, some_path
 
@@ -18,14 +19,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns the exit status."""
     options = _parse(arguments)
     if options.verify:
-        folder = options.out or _folder_to_verify(options.dataset)
+        folder = options.out or _folder_to_verify(options.name or options.dataset)
         manifest = verify(folder)
     else:
-        manifest = prepare(options.dataset, options.source, options.out)
+        manifest = prepare(options.dataset, options.source, options.out, name=options.name)
         folder = options.out or default_folder(manifest.dataset)
     print(_table(manifest))
     note = "" if manifest.published else " (not the published files)"
     print(f"{'verified' if options.verify else 'ready'}: {manifest.dataset}{note} in {folder}")
+    if manifest.dataset not in SELF_CONTAINED:
+        print(f"train on it with: accelerate launch train.py --data_dir {folder}")
     return 0
 
 
@@ -45,8 +48,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--source",
         type=some_path,
         metavar="ROOT",
-        help="folder of the four MNIST files or of MNIST/raw "
+        help="folder, .zip or .tar of a data set like MNIST: its four files, a CSV per split, "
+        "mnist.npz, pictures in train/0 to test/9, or Parquet "
         "(default: $MNIST_ROOT, then data/, then a download into data/)",
+    )
+    parser.add_argument(
+        "--name",
+        type=_name,
+        help="what to call data that has no published checksums, for instance mnist for a part of "
+        "MNIST (default: custom)",
     )
     parser.add_argument(
         "--out",
@@ -61,6 +71,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.verify and options.source:
         parser.error("--source cannot be given with --verify")
     return options
+
+
+def _name(text: str) -> str:
+    if not NAME.fullmatch(text) or text in ("digits", "auto"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: use small letters, digits, dots, dashes; digits and auto are taken"
+        )
+    return text
 
 
 def _folder_to_verify(dataset: str) -> Path:

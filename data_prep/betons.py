@@ -56,7 +56,7 @@ _BATCH = 1000  # samples; only sets how often progress is reported
 
 
 def default_folder(dataset: str) -> Path:
-    """Where the betons of `mnist` or `digits` go unless told otherwise."""
+    """Where the betons of a data set go unless told otherwise."""
     return Path("data") / "betons" / dataset
 
 
@@ -65,6 +65,7 @@ def prepare(
     source: Path | None = None,
     out: Path | None = None,
     progress: bool = True,
+    name: str | None = None,
 ) -> Manifest:
     """Writes `train.beton`, `test.beton` and `manifest.json`, unless valid ones are there already.
 
@@ -74,17 +75,18 @@ def prepare(
 
     Args:
         dataset: `mnist`, `digits`, or `auto` for MNIST if it is to be had and the digits if not.
-        source: folder of the MNIST files, see `load_source`.
+        source: folder, archive or file of the data, see `load_source`.
         out: folder to write, by default `default_folder` of the data set that is used.
         progress: show a progress bar (on a terminal) and say where the betons are.
+        name: what to call data that has no published checksums, instead of `custom`.
 
     Raises:
         InputError: no or bad source files, `out` holds something else, or writing failed.
     """
     out = Path(out) if out else None
-    manifest = _already_prepared(dataset, source, out)
+    manifest = None if name else _already_prepared(dataset, source, out)
     if manifest is None:
-        images = load_source(dataset, source)
+        images = load_source(dataset, source, name)
         folder = out or default_folder(images.name)
         manifest = _valid_manifest(folder, images)
         if manifest is None:

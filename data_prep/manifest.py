@@ -13,7 +13,9 @@ from mnist_fast.files import read_file
 
 FORMAT = 1
 SPLITS = ("train", "test")
-DATASETS = ("mnist", "digits")
+DATASETS = ("mnist", "digits")  # those that need no --source
+CUSTOM = "custom"  # data that is none of the published sets, and that the user did not name
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")  # of a data set: it names folders and runs
 CLASSES = 10
 IMAGE_SHAPE = (1, 28, 28)
 MANIFEST_NAME = "manifest.json"
@@ -50,13 +52,13 @@ class Manifest:
 
     Attributes:
         format: version of the betons' and this file's layout.
-        dataset: `mnist` or `digits`.
-        published: whether every source file is byte for byte the published one.
+        dataset: `mnist`, `digits`, another published data set, `custom`, or the user's own name.
+        published: whether images and labels are exactly the published ones.
         image_shape: channels, rows and columns of an image.
         train: the training set.
         test: the test set.
         source_origin: where the source files were found, in words.
-        source_checksums: source file name to the MD5 of its (decompressed) content.
+        source_checksums: IDX file name to the MD5 of its content, in whatever form it came.
         versions: program name to version.
     """
 
@@ -101,9 +103,10 @@ def load_manifest(folder: Path) -> Manifest:
         fault = f"{path} cannot be read: {error.strerror}"
         raise InputError(f"{fault}: move it away, or check its permissions") from None
     except (ValueError, RecursionError) as error:
-        named = re.search(rb'"dataset": "(mnist|digits)"', content)
-        dataset = named.group(1).decode() if named else None
-        how = remedy(folder, dataset, b'"published": false' not in content)
+        named = re.search(rb'"dataset": "([^"]*)"', content)
+        dataset = named.group(1).decode(errors="replace") if named else ""
+        known = dataset if NAME.fullmatch(dataset) else None
+        how = remedy(folder, known, b'"published": false' not in content)
         if not _may_be_ours(content):  # data_prep would leave it as it is
             how = f"move it away, and {how}"
         raise InputError(f"{path} is not a valid manifest ({error}): {how}") from None
@@ -167,12 +170,15 @@ def remedy(folder: Path, dataset: str | None = None, published: bool = True) -> 
         dataset: what they hold; None where that is not known, and the folder's name may say it.
         published: whether they were written from the published files.
     """
-    dataset = dataset or (folder.name if folder.name in DATASETS else "NAME")
-    choices = "" if dataset in DATASETS else f", NAME being {' or '.join(DATASETS)},"
-    source = "" if published else " --source ROOT"
-    whence = "" if published else " from the same files"
-    command = f"python -m data_prep --dataset {dataset}{source} --out {folder}"
-    return f"run `{command}`{choices} to write it anew{whence}"
+    dataset = dataset or (folder.name if folder.name in DATASETS else "")
+    if not dataset:
+        source = "" if published else " --source ROOT"
+        command = f"python -m data_prep --dataset NAME{source} --out {folder}"
+        return f"run `{command}`, NAME being {' or '.join(DATASETS)}, to write it anew"
+    if dataset in DATASETS and published:
+        return f"run `python -m data_prep --dataset {dataset} --out {folder}` to write it anew"
+    command = f"python -m data_prep --source ROOT --name {dataset} --out {folder}"
+    return f"run `{command}` to write it anew from the same files"
 
 
 def _manifest(document: Any) -> Manifest:
@@ -183,7 +189,8 @@ def _manifest(document: Any) -> Manifest:
         raise ValueError(f"format {document.get('format')!r} instead of {FORMAT}")
     document = {key: value for key, value in document.items() if key != _CHECKSUM}
     _require_keys(document, Manifest, "")
-    _require(document["dataset"] in DATASETS, "dataset")
+    dataset = document["dataset"]
+    _require(isinstance(dataset, str) and NAME.fullmatch(dataset) is not None, "dataset")
     _require(isinstance(document["published"], bool), "published")
     _require(document["image_shape"] == list(IMAGE_SHAPE), "image_shape")
     _require(isinstance(document["source_origin"], str), "source_origin")

@@ -1,51 +1,38 @@
-"""Where the images come from: the four MNIST files, or the digits inside scikit-learn."""
+"""Where the images come from: files of any form that has a reader, a download, or the digits."""
 
-import gzip
-import hashlib
 import os
-import queue
 import sys
-import threading
-import time
-import zlib
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-from urllib.request import Request, urlopen
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from data_prep.staging import staging
-from data_prep.watched import Limits, Report, WorkFailed, run_watched
+from data_prep import read_csv, read_idx, read_npz, read_parquet, read_pictures
+from data_prep.archives import is_archive
+from data_prep.digits import read_digits
+from data_prep.download import download_mnist
+from data_prep.file import UNKNOWN, File, kind
+from data_prep.known import KNOWN, identify, parts_of, refuse_damaged
+from data_prep.looks import warnings_about
+from data_prep.manifest import CUSTOM, SPLITS
+from data_prep.read_idx import NAMES
+from data_prep.samples import Found, Reader, Samples
+from data_prep.tree import open_tree
+from data_prep.watched import WorkFailed
 from mnist_fast.errors import InputError
 
 DATASETS = ("mnist", "digits", "auto")
 
-# The published files: name -> (number of samples, MD5 of the decompressed content).
-PUBLISHED = {
-    "train-images-idx3-ubyte": (60_000, "6bbc9ace898e44ae57da46a324031adb"),
-    "train-labels-idx1-ubyte": (60_000, "a25bea736e30d166cdddb491f175f624"),
-    "t10k-images-idx3-ubyte": (10_000, "2646ac647ad5339dbf082846283269ea"),
-    "t10k-labels-idx1-ubyte": (10_000, "27ae3e4e09519cfbb04c329615203637"),
-}
-FILES = tuple(PUBLISHED)
+_FORMS = "MNIST's four files, a CSV per split, mnist.npz, pictures in train/0 to test/9, or Parquet"
 
-# torchvision's own mirrors, repeated because importing torchvision takes seconds and most failures
-# to download can be told before.
-MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
+# A new form is a module with FORM, find and read, and one more name here. The first that finds a
+# whole data set reads it.
+READERS: tuple[Reader, ...] = (read_idx, read_npz, read_pictures, read_parquet, read_csv)
 
-CONNECT_SECONDS = 10.0  # to reach a mirror at all
-DOWNLOAD_LIMITS = Limits(first=90.0, then=30.0)  # until the first bytes, until more of them
-
-_MAX_SAMPLES = 1_000_000  # per file; keeps a compressed file from filling the memory
-_GZIP_RATIO = 1100  # no gzip stream expands further (deflate's limit is 1032)
-_IMAGE_MAGIC, _LABEL_MAGIC = 0x00000803, 0x00000801
-_SIZE = 28  # rows and columns of an image
-
-_DIGITS_TRAIN = 1_437  # of 1,797, about 80 %
+_FOLDERS = ("MNIST/raw", "", "raw", "MNIST")  # of a torchvision root, the likeliest first
 
 
 @dataclass(frozen=True)
@@ -53,14 +40,14 @@ class Source:
     """Images and labels in memory.
 
     Attributes:
-        name: `mnist` or `digits`.
+        name: `mnist`, `digits`, another published data set, `custom`, or what the user calls it.
         origin: where they were found, in words.
-        published: whether every file is byte for byte the published one.
+        published: whether images and labels are exactly the published ones.
         train_images: uint8 (N, 28, 28), 0 is background.
         train_labels: uint8 (N,), 0 to 9.
         test_images: uint8 (M, 28, 28).
         test_labels: uint8 (M,).
-        checksums: file name to the MD5 of its (decompressed) content.
+        checksums: IDX file name to the MD5 of its content, in whatever form the samples came.
     """
 
     name: str
@@ -73,13 +60,15 @@ class Source:
     checksums: dict[str, str]
 
 
-def load_source(dataset: str, root: Path | None = None) -> Source:
+def load_source(dataset: str, root: Path | None = None, name: str | None = None) -> Source:
     """Loads MNIST, scikit-learn's digits, or (`auto`) the first of them that is to be had.
 
     Args:
         dataset: `mnist`, `digits` or `auto`.
-        root: where the four MNIST files are, a torchvision root or their own folder. Without it
-            they are looked for in `$MNIST_ROOT`, then in `data/`, then downloaded into `data/`.
+        root: folder, archive or file of a data set like MNIST, in any form of `READERS`. Without it
+            MNIST's files are looked for in `$MNIST_ROOT`, then in `data/`, then downloaded into
+            `data/`.
+        name: what to call files that have no published checksums, instead of `custom`.
 
     Raises:
         InputError: nothing was found, or a file is not what it should be.
@@ -87,26 +76,26 @@ def load_source(dataset: str, root: Path | None = None) -> Source:
     if dataset not in DATASETS:
         raise InputError(f"unknown data set {dataset!r}: choose one of {', '.join(DATASETS)}")
     if dataset == "digits":
-        if root is not None:
-            raise InputError("--source is for MNIST: the digits come with scikit-learn")
+        if root is not None or name is not None:
+            raise InputError("--source and --name are for MNIST: the digits come with scikit-learn")
         return load_digits()
     if root is not None:
-        return load_mnist(_folder_of(root), "the folder given as --source")
+        return load_files(Path(root), name)
     found = find_mnist()
     if found is not None:
-        return load_mnist(*found)
+        return load_mnist(*found, name)
+    raw = Path("data/MNIST/raw")
     try:
-        return _download_mnist(Path("data"))
+        download_mnist(raw, lambda folder: load_mnist(folder, ""))
     except WorkFailed as failure:
         if dataset == "mnist":
             raise InputError(_nothing_found(str(failure).strip(" .\n"))) from None
-        print(
-            "data_prep: WARNING: MNIST was not found and could not be downloaded "
-            f"({failure}). Using the 1,797 handwritten digits of scikit-learn, NOT MNIST.",
-            file=sys.stderr,
-            flush=True,
+        _say(
+            "WARNING: MNIST was not found and could not be downloaded "
+            f"({failure}). Using the 1,797 handwritten digits of scikit-learn, NOT MNIST."
         )
         return load_digits()
+    return load_mnist(raw, "torchvision's download", name)
 
 
 def find_mnist() -> tuple[Path, str] | None:
@@ -114,40 +103,155 @@ def find_mnist() -> tuple[Path, str] | None:
     variable = os.environ.get("MNIST_ROOT")
     places = [(Path(variable).expanduser(), "$MNIST_ROOT")] if variable else []
     for root, origin in [*places, (Path("data"), "data/")]:
-        for folder in (root / "MNIST" / "raw", root):
-            if not _missing(folder):
-                return folder, origin
+        for below in _FOLDERS:
+            if (root / below).is_dir() and _mnist_in(root / below):
+                return root / below, origin
     return None
 
 
-def _folder_of(root: Path) -> Path:
-    """The folder below `root` (or `root`) that has the four files."""
-    root = Path(root).expanduser()
-    folders = (root / "MNIST" / "raw", root)
-    folder = min(folders, key=lambda folder: len(_missing(folder)))
-    if missing := _missing(folder):
-        raise InputError(
-            f"--source {root} lacks {', '.join(missing)} "
-            "(plain or .gz; in it or in MNIST/raw below)"
-        )
-    return folder
+def _mnist_in(folder: Path) -> Found | None:
+    """The whole set of MNIST's own file names in a folder, or in folders of those names."""
+    with open_tree(folder, depth=1) as files:
+        found = read_idx.find(files)
+    return next((one for one in found if not one.lacks and not one.place), None)
 
 
-def _missing(folder: Path) -> list[str]:
-    return [
-        name for name in FILES if not any(os.path.exists(path) for path in _paths(folder, name))
-    ]
+def load_mnist(folder: Path, origin: str, name: str | None = None) -> Source:
+    """Loads and checks MNIST's four files in `folder`; `origin` says in words where that is."""
+    found = _mnist_in(folder)
+    if found is None:
+        raise InputError(f"{folder} lacks {', '.join(NAMES.values())}: get them again")
+    source = _load(found, origin, str(folder), name)
+    if origin and name is None and source.name != "mnist":
+        _say(f"WARNING: {folder} does not hold the published MNIST: called {source.name}")
+    return source
 
 
-def _paths(folder: Path, name: str) -> tuple[Path, Path]:
-    return folder / name, folder / f"{name}.gz"
+def load_files(root: Path, name: str | None = None) -> Source:
+    """Loads the data set in a folder, an archive or a file, whatever its form.
+
+    Raises:
+        InputError: there is none, more than one, or one that is not whole or not like MNIST.
+    """
+    with open_tree(root) as files:
+        found = [one for reader in READERS for one in reader.find(files)]
+        whole = [one for one in found if not one.lacks]
+        if not whole:
+            raise InputError(f"--source {root} {_what_is_there(root, files, found)}")
+        chosen = _choose(root, whole)
+        return _load(chosen, f"the files given as --source ({chosen.form})", str(root), name)
+
+
+def _choose(root: Path, whole: Sequence[Found]) -> Found:
+    """The one data set, or MNIST's own files among several.
+
+    Raises:
+        InputError: it cannot be told which is meant.
+    """
+    same_form = [one for one in whole if one.form == whole[0].form]
+    if len(same_form) == 1:
+        return same_form[0]
+    places = ", ".join(one.place or "its own files" for one in same_form[:5])
+    several = f"{root} holds {len(same_form)} data sets ({places})"
+    preferred = [one for place in _FOLDERS for one in same_form if one.place == place]
+    preferred += [one for one in same_form if one.place.endswith("emnist-digits")]
+    if not preferred:
+        raise InputError(f"--source {several}: name the folder of one")
+    _say(f"{several}: taking {preferred[0].place or 'its own files'}")
+    return preferred[0]
+
+
+def _load(found: Found, origin: str, place: str, name: str | None) -> Source:
+    splits = {split: found.read(split, found.files[split]) for split in SPLITS}
+    files = found.files if found.form == read_idx.FORM else {}
+    parts = parts_of(splits, files)
+    identity = identify(parts)
+    if name is None:
+        refuse_damaged(identity, place)
+    elif name in KNOWN and identity.name not in (name, None):
+        raise InputError(f"--name {name}: {place} holds {identity.name}, by its checksums")
+    if any("emnist" in file.name for file in found.files["train"]):
+        _say("EMNIST's images are stored transposed: turned upright")
+        splits = {split: _upright(samples) for split, samples in splits.items()}
+    if not identity.published:
+        for warning in warnings_about(splits["train"]):
+            _say(f"WARNING: {warning}")
+    return Source(
+        name=name or identity.name or CUSTOM,
+        origin=origin,
+        published=identity.published,
+        train_images=splits["train"].images,
+        train_labels=splits["train"].labels,
+        test_images=splits["test"].images,
+        test_labels=splits["test"].labels,
+        checksums=dict(zip(NAMES.values(), (part.md5 for part in parts), strict=True)),
+    )
+
+
+def _upright(samples: Samples) -> Samples:
+    return Samples(np.ascontiguousarray(samples.images.transpose(0, 2, 1)), samples.labels)
+
+
+def load_digits() -> Source:
+    """scikit-learn's 1,797 digits, which look like MNIST's."""
+    splits, md5 = read_digits()
+    return Source(
+        "digits", "scikit-learn", True, *splits["train"], *splits["test"], {"digits": md5}
+    )
+
+
+# What to say where no data set is whole
+
+
+def _what_is_there(root: Path, files: Sequence[File], found: Sequence[Found]) -> str:
+    """What `root` holds instead of a data set, and what to do, in words that follow its name."""
+    if not files:
+        return f"is empty: put a data set there ({_FORMS})"
+    if found:
+        nearest = min(found, key=lambda one: (not any(one.files.values()), len(one.lacks)))
+        return f"{_holds(nearest)}lacks {nearest.lacks}: {_remedy(root)}"
+    if root.is_file() and len(files) == 1:
+        return f"is a file ({_content(files[0])}), not a data set: give its folder, or {_FORMS}"
+    if archives := [file.name for file in files[:50] if is_archive(file)]:
+        return f"holds no data set, but {archives[0]}: give that as --source"
+    kinds = Counter(_content(file) for file in files[:50])
+    there = ", ".join(f"{count} x {words}" for words, count in kinds.most_common(3))
+    more = f" (of {len(files):,} files)" if len(files) > kinds.total() else ""
+    return f"holds no data set, but {there}{more}: give {_FORMS}"
+
+
+def _content(file: File) -> str:
+    words = kind(file.head())
+    return f"{file.name}: {words}" if words == UNKNOWN else words
+
+
+def _holds(found: Found) -> str:
+    """Which of its files are there, in words."""
+    splits = [split for split in SPLITS if found.files[split]]
+    names = [file.name for split in splits for file in found.files[split]]
+    if not names:
+        return ""
+    there = ", ".join(names) if len(names) < len(NAMES) else f"{len(names):,} {found.form} files"
+    only = f" (the {splits[0]} set)" if len(splits) == 1 and not _is_half(found) else ""
+    return f"holds only {there}{only} and "
+
+
+def _is_half(found: Found) -> bool:
+    """Whether even the one split of MNIST's files is without its images or labels."""
+    return found.form == read_idx.FORM and 1 in map(len, found.files.values())
+
+
+def _remedy(root: Path) -> str:
+    if root.is_file() and root.suffix in (".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2"):
+        return "put all into one archive, or unpack it and add what is missing"
+    return "give the folder that holds all" if root.is_file() else "add what is missing"
 
 
 def _nothing_found(failure: str) -> str:
     variable = os.environ.get("MNIST_ROOT")
     places = f"$MNIST_ROOT (which is {variable})" if variable else "$MNIST_ROOT (which is not set)"
     return (
-        f"MNIST was not found: {places} and data/ do not hold all of {', '.join(FILES)} "
+        f"MNIST was not found: {places} and data/ do not hold all of {', '.join(NAMES.values())} "
         f"(plain or .gz; in the folder or in MNIST/raw below), and the download "
         f"failed: {failure}. Point MNIST_ROOT=FOLDER or `python -m data_prep --source FOLDER` "
         "at the files, or use `--dataset digits` or `--dataset auto` for the 1,797 digits of "
@@ -155,196 +259,5 @@ def _nothing_found(failure: str) -> str:
     )
 
 
-# The IDX files
-
-
-def load_mnist(folder: Path, origin: str) -> Source:
-    """Loads and checks the four files in `folder`; `origin` says in words where that is."""
-    arrays, checksums = {}, {}
-    for name in FILES:
-        plain, compressed = _paths(folder, name)
-        path = plain if os.path.exists(plain) else compressed
-        arrays[name], checksums[name] = read_idx(path, images="images" in name)
-        samples, md5 = PUBLISHED[name]
-        if len(arrays[name]) == samples and checksums[name] != md5:
-            raise _bad(path, f"its checksum (MD5 {checksums[name]}) is not the published {md5}")
-    for split in ("train", "t10k"):
-        images, labels = arrays[f"{split}-images-idx3-ubyte"], arrays[f"{split}-labels-idx1-ubyte"]
-        if len(images) != len(labels):
-            raise InputError(
-                f"{folder}: {split}-images-idx3-ubyte has {len(images):,} images but "
-                f"{split}-labels-idx1-ubyte {len(labels):,} labels: get both from the same place"
-            )
-    return Source(
-        name="mnist",
-        origin=origin,
-        published=all(checksums[name] == md5 for name, (_, md5) in PUBLISHED.items()),
-        train_images=arrays["train-images-idx3-ubyte"],
-        train_labels=arrays["train-labels-idx1-ubyte"],
-        test_images=arrays["t10k-images-idx3-ubyte"],
-        test_labels=arrays["t10k-labels-idx1-ubyte"],
-        checksums=checksums,
-    )
-
-
-def read_idx(path: Path, images: bool) -> tuple[NDArray[np.uint8], str]:
-    """Reads one IDX file, plain or .gz, strictly.
-
-    The format: a magic number (0x00000803 for images, 0x00000801 for labels), the count and, for
-    images, rows and columns, as big-endian 32-bit integers; then one byte per pixel or label.
-
-    Returns:
-        uint8 (N, 28, 28) or (N,), and the MD5 of the decompressed content.
-
-    Raises:
-        InputError: the file cannot be read or is not exactly such a file.
-    """
-    if not path.is_file():  # a pipe would be waited for
-        raise _bad(path, "it is not a regular file")
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if path.suffix == ".gz":
-                with gzip.open(file) as stream:
-                    return _parse_idx(path, stream, images, size * _GZIP_RATIO)
-            return _parse_idx(path, file, images, size)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise _bad(path, f"it is not a complete gzip file ({error})") from None
-    except OSError as error:
-        fault = error.strerror or error
-        raise InputError(f"{path} cannot be read: {fault}: check its permissions") from None
-
-
-def _parse_idx(
-    path: Path, stream: BinaryIO | gzip.GzipFile, images: bool, most: int
-) -> tuple[NDArray[np.uint8], str]:
-    """Parses a stream of at most `most` bytes."""
-    header_bytes = 16 if images else 8
-    header = stream.read(header_bytes)
-    if len(header) < header_bytes:
-        raise _bad(path, f"it is truncated: {len(header)} bytes, not even a whole header")
-    magic, count, *shape = np.frombuffer(header, ">u4").tolist()
-    expected_magic = _IMAGE_MAGIC if images else _LABEL_MAGIC
-    if magic != expected_magic:
-        raise _bad(path, f"its magic number is 0x{magic:08x} instead of 0x{expected_magic:08x}")
-    if images and shape != [_SIZE, _SIZE]:
-        raise _bad(path, f"its images are {shape[0]}x{shape[1]} instead of {_SIZE}x{_SIZE}")
-    if not 0 < count <= _MAX_SAMPLES:
-        raise _bad(path, f"its header says {count:,} samples instead of 1 to {_MAX_SAMPLES:,}")
-    body_bytes = count * (_SIZE * _SIZE if images else 1)
-    # Compared before reading, so that a header cannot ask for more memory than the file is worth.
-    body = stream.read(body_bytes + 1) if header_bytes + body_bytes <= most else b""
-    if len(body) < body_bytes:
-        raise _bad(path, f"it is truncated: it lacks some of the {count:,} samples of its header")
-    if len(body) > body_bytes:
-        raise _bad(path, f"it is too long: there is more than the {count:,} samples of its header")
-    array = np.frombuffer(body, np.uint8)
-    if images:
-        array = array.reshape(count, _SIZE, _SIZE)
-    elif array.max() > 9:
-        position = int(np.argmax(array > 9))
-        raise _bad(path, f"label {position} is {array[position]}, out of the range 0 to 9")
-    return array, _md5(header, body)
-
-
-def _md5(*parts: bytes) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _bad(path: Path, fault: str) -> InputError:
-    return InputError(f"{path} is not usable: {fault}: replace it with a good copy")
-
-
-# The download
-
-
-def _download_mnist(root: Path) -> Source:
-    """Downloads into `root/MNIST/raw` with torchvision, or raises WorkFailed."""
-    run_watched("data_prep.sources:reach_mirror", [], Limits(CONNECT_SECONDS, CONNECT_SECONDS))
-    raw = root / "MNIST" / "raw"
-    with staging(root) as stage:
-        if _missing(raw):  # else another process has downloaded them in the meantime
-            target, arguments = "data_prep.sources:download", [str(stage.folder)]
-            with tqdm(desc="downloading MNIST", unit="B", unit_scale=True, disable=None) as bar:
-                run_watched(target, arguments, DOWNLOAD_LIMITS, bar.update)
-            downloaded = stage.folder / "MNIST" / "raw"
-            load_mnist(downloaded, "")  # raises if anything is wrong with them
-            raw.mkdir(parents=True, exist_ok=True)
-            for name in FILES:
-                os.replace(downloaded / name, raw / name)
-    return load_mnist(raw, "torchvision's download")
-
-
-def reach_mirror(report: Report) -> None:
-    """Raises WorkFailed if no mirror answers; runs watched, for a host name can take minutes."""
-    answers: queue.Queue[str] = queue.Queue()
-
-    def ask(mirror: str) -> None:
-        try:
-            request = Request(f"{mirror}{FILES[1]}.gz", method="HEAD")
-            with urlopen(request, timeout=CONNECT_SECONDS - 2):
-                answers.put("")
-        except Exception as error:
-            answers.put(str(error) or type(error).__name__)
-
-    for mirror in MIRRORS:
-        threading.Thread(target=ask, args=(mirror,), daemon=True).start()
-    errors = [answers.get()]
-    while errors[-1] and len(errors) < len(MIRRORS):
-        errors.append(answers.get())
-    if errors[-1]:
-        raise WorkFailed(f"no mirror could be reached ({errors[-1]})")
-
-
-def download(report: Report, folder: str) -> None:
-    """Downloads with torchvision, reporting the bytes that arrive; runs watched."""
-
-    def watch() -> None:
-        before = 0
-        while True:
-            with suppress(FileNotFoundError):  # a file renamed between listing and asking
-                size = sum(path.stat().st_size for path in Path(folder).rglob("*"))
-                if size != before:
-                    report(size - before)
-                before = size
-            time.sleep(0.5)
-
-    threading.Thread(target=watch, daemon=True).start()
-    from torchvision.datasets import MNIST
-
-    MNIST(folder, download=True)
-
-
-# The digits
-
-
-def load_digits() -> Source:
-    """scikit-learn's 1,797 digits, made to look like MNIST: 20x20 in the middle of 28x28.
-
-    They come as 8x8 pixels of 0 to 16 and are enlarged bilinearly. The first 1,437 are for
-    training and the last 360 for testing: neighbours tend to have the same writer, so a shuffled
-    split would have most writers on both sides.
-    """
-    from PIL import Image
-    from sklearn import datasets
-
-    digits = datasets.load_digits()
-    small = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    images = np.zeros((len(small), _SIZE, _SIZE), np.uint8)
-    for image, pixels in zip(images, small, strict=True):
-        enlarged = Image.fromarray(pixels).resize((20, 20), Image.Resampling.BILINEAR)
-        image[4:24, 4:24] = np.asarray(enlarged)
-    labels = digits.target.astype(np.uint8)
-    return Source(
-        name="digits",
-        origin="scikit-learn",
-        published=True,
-        train_images=images[:_DIGITS_TRAIN],
-        train_labels=labels[:_DIGITS_TRAIN],
-        test_images=images[_DIGITS_TRAIN:],
-        test_labels=labels[_DIGITS_TRAIN:],
-        checksums={"digits": _md5(small.tobytes(), labels.tobytes())},
-    )
+def _say(message: str) -> None:
+    print(f"data_prep: {message}", file=sys.stderr, flush=True)

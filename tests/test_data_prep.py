@@ -24,6 +24,8 @@ from test_data_prep_watched import ends
 from data_prep import __main__ as command
 from data_prep import betons, sources, staging
 from data_prep.betons import check, data_sha256, load_manifest, prepare
+from data_prep.known import KNOWN
+from data_prep.read_idx import NAMES
 from data_prep.watched import Limits, Report, run_watched
 from mnist_fast.errors import InputError, run_main
 
@@ -76,7 +78,7 @@ def assert_refused(capsys: pytest.CaptureFixture[str], status: int, words: str) 
 def test_manifest_tells_what_the_source_holds(prepared: Path, idx_root: Path) -> None:
     manifest = load_manifest(prepared)
     assert sorted(contents(prepared)) == ["manifest.json", "test.beton", "train.beton"]
-    assert (manifest.dataset, manifest.published, manifest.format) == ("mnist", False, 1)
+    assert (manifest.dataset, manifest.published, manifest.format) == ("custom", False, 1)
     assert manifest.image_shape == (1, 28, 28)
     assert manifest.source_checksums == sources.load_source("mnist", idx_root).checksums
     assert manifest.versions.keys() == {"ffcv", "numpy", "python"}
@@ -114,21 +116,33 @@ def test_second_run_only_checks(out: Path, idx_root: Path, capsys, monkeypatch) 
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     printed = capsys.readouterr()
     assert "up to date" in printed.err
-    for words in ("train +50", "test +23", load_manifest(out).test.sha256[:16], f"ready: .*{out}"):
+    for words in (
+        "train +50",
+        "test +23",
+        load_manifest(out).test.sha256[:16],
+        f"ready: .*{out}",
+        f"train.py --data_dir {out}",
+    ):
         assert re.search(words, printed.out)
 
 
 def test_prepared_mnist_needs_no_source(out: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("MNIST_ROOT", raising=False)
     monkeypatch.chdir(tmp_path)
+    text = (out / "manifest.json").read_text()
+    written = dataclasses.replace(load_manifest(out), dataset="mnist")
+    (out / "manifest.json").write_text(written.to_json())
     monkeypatch.setattr(betons, "load_source", None)
     for dataset in ("mnist", "auto"):
         assert prepare(dataset, None, out) == load_manifest(out)
+    (out / "manifest.json").write_text(text)  # of data that is not MNIST
+    with pytest.raises(TypeError, match="not callable"):
+        prepare("mnist", None, out)
 
 
 def test_verify_reads_everything(out: Path, capsys) -> None:
     assert run("--verify", "--out", out) == 0
-    assert "verified: mnist" in capsys.readouterr().out
+    assert "verified: custom" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("key", ["samples", "label_histogram", "pixel_mean", "pixel_sd"])
@@ -179,13 +193,13 @@ def test_bad_source_leaves_the_folder_untouched(out: Path, tmp_path: Path, capsy
 def test_other_source_files_are_refused(out: Path, tmp_path: Path, capsys) -> None:
     other = idx_files.write_idx_files(tmp_path / "other", seed=1)
     before = contents(out)
-    assert_refused(capsys, run("--source", other, "--out", out), "other mnist files.*--out")
+    assert_refused(capsys, run("--source", other, "--out", out), "other custom files.*--out")
     assert contents(out) == before
 
 
 def test_other_dataset_is_refused(out: Path, capsys) -> None:
     before = contents(out)
-    assert_refused(capsys, run("--dataset", "digits", "--out", out), "betons of mnist.*--out")
+    assert_refused(capsys, run("--dataset", "digits", "--out", out), "betons of custom.*--out")
     assert contents(out) == before
 
 
@@ -196,7 +210,10 @@ def test_other_dataset_is_refused(out: Path, capsys) -> None:
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--out"], "--out: expected one argument"),
         (["--verify", "--source", "x"], "--source cannot be given with --verify"),
-        (["--dataset", "digits", "--source", "x"], "--source is for MNIST"),
+        (["--dataset", "digits", "--source", "x"], "--source and --name are for MNIST"),
+        (["--dataset", "digits", "--name", "x"], "--source and --name are for MNIST"),
+        (["--name", "My data"], "--name: 'My data': use small letters"),
+        (["--name", "digits"], "--name: 'digits': .* are taken"),
         (["--verify", "--out", "/nonexistent"], "/nonexistent/manifest.json is missing"),
     ],
 )
@@ -565,7 +582,8 @@ BAD_MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown split key": (_set("test", "colour", value=1), "unknown key test.colour"),
     "missing key": (lambda document: document.pop("versions"), "no key versions"),
     "missing split key": (lambda document: document["train"].pop("bytes"), "no key train.bytes"),
-    "dataset": (_set("dataset", value="emnist"), "dataset"),
+    "dataset": (_set("dataset", value="../mnist"), "dataset"),
+    "dataset's kind": (_set("dataset", value=1), "dataset"),
     "published": (_set("published", value=1), "published"),
     "shape": (_set("image_shape", value=[28, 28, 1]), "image_shape"),
     "split": (_set("train", value=[]), "train"),
@@ -606,7 +624,7 @@ def test_the_remedy_names_the_command_that_wrote_it(prepared: Path, tmp_path: Pa
     text = (prepared / "manifest.json").read_text()
     assert json.loads(text)["published"] is False
     (tmp_path / "manifest.json").write_text(text.replace('"format": 1', '"format": 7'))
-    with pytest.raises(InputError, match=r"--dataset mnist --source ROOT --out .* the same files"):
+    with pytest.raises(InputError, match=r"--source ROOT --name custom --out .* the same files"):
         load_manifest(tmp_path)
     (tmp_path / "digits").mkdir()
     with pytest.raises(InputError, match=r"--dataset digits --out .*digits` to write it anew$"):
@@ -661,7 +679,8 @@ def test_mnist_from_the_shell(mnist_root: Path, tmp_path: Path) -> None:
 def test_published_files(mnist_root: Path) -> None:
     source = sources.load_source("mnist", mnist_root)
     assert source.published
-    assert source.checksums == {name: md5 for name, (_, md5) in sources.PUBLISHED.items()}
+    assert [f"md5:{md5}" for md5 in source.checksums.values()] == list(KNOWN["mnist"])
+    assert source.name == "mnist"
     assert np.bincount(source.train_labels).tolist() == [
         5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949
     ]  # fmt: skip
@@ -669,8 +688,8 @@ def test_published_files(mnist_root: Path) -> None:
 
 @pytest.mark.mnist
 def test_compressed_published_files(mnist_root: Path, tmp_path: Path) -> None:
-    raw = sources._folder_of(mnist_root)
-    for name in sources.FILES:
+    raw, _ = sources.find_mnist() or pytest.fail("MNIST_ROOT is not looked into")
+    for name in NAMES.values():
         if not (raw / f"{name}.gz").exists():
             pytest.skip(f"{name}.gz is not there")
         (tmp_path / f"{name}.gz").symlink_to(raw / f"{name}.gz")

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from idx_files import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS
 
-from data_prep import sources
+from data_prep import download
+from data_prep.read_idx import NAMES
 from data_prep.sources import load_source
 from data_prep.watched import WorkFailed
 from mnist_fast.errors import InputError
@@ -60,15 +61,16 @@ def test_loads_plain_and_compressed_files(tmp_path: Path, below: str, compressed
     images, labels = idx_files.make_samples(23, 1003)
     assert np.array_equal(source.test_images, images)
     assert np.array_equal(source.test_labels, labels)
-    assert (source.name, source.published) == ("mnist", False)
+    assert (source.name, source.published) == ("custom", False)
     content = hashlib.md5(idx_files.idx_images(images)).hexdigest()
     assert source.checksums[TEST_IMAGES] == content
 
 
 def test_explicit_root_is_the_only_place(tmp_path: Path, root: Path, monkeypatch) -> None:
     monkeypatch.setenv("MNIST_ROOT", str(root))
+    (tmp_path / "empty").mkdir()
     for dataset in ("mnist", "auto"):
-        with pytest.raises(InputError, match=f"--source .*empty lacks {TRAIN_IMAGES}, .*MNIST/raw"):
+        with pytest.raises(InputError, match=r"--source .*empty is empty: put a data set there"):
             load_source(dataset, tmp_path / "empty")
 
 
@@ -122,9 +124,10 @@ def same(content: bytes) -> bytes:
 BAD_FILES: dict[str, tuple[str, Fault, str]] = {
     "truncated": (TRAIN_IMAGES, replaced(TRAIN_IMAGES, lambda c: c[:-1]), "truncated"),
     "over-long": (TRAIN_LABELS, replaced(TRAIN_LABELS, lambda c: c + b"\0"), "too long"),
-    "empty": (TEST_IMAGES, replaced(TEST_IMAGES, lambda c: b""), "truncated: 0 bytes"),
+    "empty": (TEST_IMAGES, replaced(TEST_IMAGES, lambda c: b""), "an empty file"),
     "half header": (TEST_LABELS, replaced(TEST_LABELS, lambda c: c[:7]), "truncated: 7 bytes"),
-    "magic": (TEST_IMAGES, replaced(TEST_IMAGES, lambda c: header(0x801) + c[4:]), "0x00000801"),
+    "magic": (TEST_IMAGES, replaced(TEST_IMAGES, lambda c: header(0x802) + c[4:]), "0x00000802"),
+    "swapped": (TEST_IMAGES, replaced(TEST_IMAGES, lambda c: header(0x801) + c[4:]), "labels"),
     "size": (
         TRAIN_IMAGES,
         replaced(TRAIN_IMAGES, lambda c: c[:8] + header(28, 27) + c[16:]),
@@ -139,17 +142,12 @@ BAD_FILES: dict[str, tuple[str, Fault, str]] = {
     "label": (
         TEST_LABELS,
         replaced(TEST_LABELS, lambda c: c[:9] + b"\12" + c[10:]),
-        "label 1 is 10",
+        "labels are 0 to 10 (label 1 is 10)",
     ),
     "counts": (
         TEST_LABELS,
         replaced(TEST_LABELS, lambda c: header(0x801, 22) + c[9:]),
-        f"{TEST_IMAGES} has 23 images but {TEST_LABELS} 22 labels",
-    ),
-    "checksum": (
-        TEST_LABELS,
-        replaced(TEST_LABELS, lambda c: header(0x801, 10_000) + bytes(10_000)),
-        "checksum",
+        f"{TEST_IMAGES} has 23 images but ",
     ),
     "gz truncated": (TEST_IMAGES, zipped(TEST_IMAGES, lambda c: c[:-5]), "truncated"),
     "gz over-long": (TEST_IMAGES, zipped(TEST_IMAGES, lambda c: c + b"\0"), "too long"),
@@ -166,7 +164,12 @@ BAD_FILES: dict[str, tuple[str, Fault, str]] = {
     "gz garbage": (
         TRAIN_LABELS,
         zipped(TRAIN_LABELS, same, lambda c: b"this is not gzip"),
-        "not a complete gzip file",
+        "magic number is 0x74686973",
+    ),
+    "html": (
+        TRAIN_LABELS,
+        zipped(TRAIN_LABELS, same, lambda c: b"<!DOCTYPE html><html>404</html>"),
+        "it is an HTML page",
     ),
     "gz trailing": (
         TEST_LABELS,
@@ -179,8 +182,18 @@ BAD_FILES: dict[str, tuple[str, Fault, str]] = {
         zipped(TEST_IMAGES, lambda c: header(0x803, 10**6, 28, 28)),
         "truncated",
     ),
-    "folder": (TEST_LABELS, make_folder, "not a regular file"),
+    "folder": (TEST_LABELS, make_folder, "lacks"),
     "pipe": (TEST_LABELS, make_pipe, "not a regular file"),
+}
+
+
+# Where another copy of the same file would not help.
+ADVICE = {
+    "size": "resize them to 28x28",
+    "swapped": "name the files after their content",
+    "label": "use data of ten classes",
+    "folder": "add what is missing",
+    "pipe": "put the file itself there",
 }
 
 
@@ -192,7 +205,7 @@ def test_bad_file_is_refused(root: Path, fault: str) -> None:
         load_source("mnist", root)
     assert name in str(error.value)
     assert words in str(error.value)
-    assert re.search("good copy|same place", str(error.value))
+    assert re.search(ADVICE.get(fault, "good copy|same place"), str(error.value))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
@@ -205,7 +218,7 @@ def test_unreadable_file_is_refused(root: Path) -> None:
 def test_a_bad_file_never_falls_back_to_the_digits(root: Path, monkeypatch) -> None:
     monkeypatch.setenv("MNIST_ROOT", str(root))
     (root / TRAIN_LABELS).write_bytes(b"")
-    with pytest.raises(InputError, match="truncated"):
+    with pytest.raises(InputError, match="an empty file"):
         load_source("auto")
 
 
@@ -216,7 +229,7 @@ def test_nothing_found_names_the_files_and_the_alternatives(tmp_path: Path, monk
     assert time.monotonic() - started < 20
     message = str(error.value)
     assert "which is not set" in message
-    for words in (*sources.FILES, "MNIST_ROOT=", "--source", "--dataset digits", "--dataset auto"):
+    for words in (*NAMES.values(), "MNIST_ROOT=", "--source", "--dataset digits", "--dataset auto"):
         assert words in message
     monkeypatch.setenv("MNIST_ROOT", str(tmp_path))
     with pytest.raises(InputError, match=f"MNIST_ROOT .which is {tmp_path}. and data/ do not hold"):
@@ -236,8 +249,8 @@ def black_hole(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("black_hole")
 def test_a_silent_network_is_given_up(monkeypatch) -> None:
-    assert sources.CONNECT_SECONDS <= 12
-    monkeypatch.setattr(sources, "CONNECT_SECONDS", 2.0)
+    assert download.CONNECT_SECONDS <= 12
+    monkeypatch.setattr(download, "CONNECT_SECONDS", 2.0)
     started = time.monotonic()
     with pytest.raises(InputError, match="no progress for 2 seconds"):
         load_source("mnist")
@@ -256,7 +269,7 @@ def test_mirrors_are_those_of_torchvision() -> None:
     assert spec.origin is not None
     text = (Path(spec.origin).parent / "datasets" / "mnist.py").read_text()
     block = text[text.index("mirrors = [") :]
-    assert re.findall('"(http.*)"', block[: block.index("]")]) == list(sources.MIRRORS)
+    assert re.findall('"(http.*)"', block[: block.index("]")]) == list(download.MIRRORS)
 
 
 def fake_download(content: Callable[[Path], object]) -> Callable[..., None]:
@@ -270,10 +283,10 @@ def fake_download(content: Callable[[Path], object]) -> Callable[..., None]:
 
 
 def test_download_lands_in_the_data_folder(monkeypatch) -> None:
-    monkeypatch.setattr(sources, "run_watched", fake_download(idx_files.write_idx_files))
+    monkeypatch.setattr(download, "run_watched", fake_download(idx_files.write_idx_files))
     assert load_source("mnist").origin == "torchvision's download"
     assert sorted(os.listdir("data")) == ["MNIST"]
-    assert sorted(os.listdir("data/MNIST/raw")) == sorted(sources.FILES)
+    assert sorted(os.listdir("data/MNIST/raw")) == sorted(NAMES.values())
     assert load_source("mnist").origin == "data/"
 
 
@@ -282,8 +295,8 @@ def test_bad_download_leaves_nothing(monkeypatch) -> None:
         idx_files.write_idx_files(folder)
         (folder / TRAIN_LABELS).write_bytes(b"")
 
-    monkeypatch.setattr(sources, "run_watched", fake_download(cut))
-    with pytest.raises(InputError, match="truncated"):
+    monkeypatch.setattr(download, "run_watched", fake_download(cut))
+    with pytest.raises(InputError, match="an empty file"):
         load_source("mnist")
     assert list(Path.cwd().iterdir()) == []
 
@@ -292,7 +305,7 @@ def test_failed_download_leaves_nothing(monkeypatch) -> None:
     def fail(_: Path) -> None:
         raise WorkFailed("no progress for 45 seconds")
 
-    monkeypatch.setattr(sources, "run_watched", fake_download(fail))
+    monkeypatch.setattr(download, "run_watched", fake_download(fail))
     with pytest.raises(InputError, match="the download failed: no progress"):
         load_source("mnist")
     assert list(Path.cwd().iterdir()) == []
@@ -314,7 +327,7 @@ def test_digits_look_like_mnist() -> None:
 
 @pytest.mark.parametrize(
     "dataset, root, words",
-    [("emnist", None, "unknown data set 'emnist'"), ("digits", Path("x"), "--source is for MNIST")],
+    [("emnist", None, "unknown data set 'emnist'"), ("digits", Path("x"), "--source and --name")],
 )
 def test_usage_is_checked(dataset: str, root: Path | None, words: str) -> None:
     with pytest.raises(InputError, match=words):
