@@ -44,7 +44,7 @@ class Config:
     )
     dataset: Literal["mnist", "digits", "auto"] = option(
         "mnist",
-        "data set; auto takes scikit-learn's digits where MNIST cannot be had",
+        "data set, where data_dir holds none; auto takes scikit-learn's digits for lack of MNIST",
         affects="nothing",
     )
     epochs: int = option(15, "passes over the training images", between=(1, 100_000))

@@ -12,7 +12,6 @@ from data_prep.manifest import Manifest
 from mnist_fast.augment import MEAN, SD, augment, derive_key
 from mnist_fast.config import Config
 from mnist_fast.data import ResidentFeed, Sharding, StreamFeed, keep_for_training, read_all, share
-from mnist_fast.errors import InputError
 from mnist_fast.runtime import Runtime
 
 RESIDENT_FRACTION = 0.25  # of the device's free memory that a resident data set may take
@@ -42,17 +41,13 @@ class EvaluationSet:
 def open_betons(config: Config, runtime: Runtime) -> tuple[Manifest, Path]:
     """The checked manifest and its folder; the main process prepares the data where it is missing.
 
+    The folder decides the data set's name, whatever --dataset says.
+
     Raises:
-        InputError: no data, data of another set, or data that fails its checksums.
+        InputError: no data, or data that fails its checksums.
     """
     folder = runtime.on_main(lambda: find_betons(config))
-    manifest = betons.check(folder)
-    if config.dataset not in ("auto", manifest.dataset):
-        raise InputError(
-            f"{folder} holds {manifest.dataset}, not {config.dataset}: "
-            f"give --dataset {manifest.dataset}, or another --data_dir"
-        )
-    return manifest, folder
+    return betons.check(folder), folder
 
 
 def find_betons(config: Config) -> Path:

@@ -233,7 +233,7 @@ def check_unused(folder: Path, config: Config) -> None:
         raise InputError(f"{error}: {remedy}") from error
     new = config.as_dict()
     different = different_choices(old, new, "result")
-    if not different and old.get("dataset") != config.dataset:
+    if not different and not config.data_dir and old.get("dataset") != config.dataset:
         different = ["dataset"]
     if different:
         key = different[0]

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -312,7 +313,6 @@ def test_damaged_betons_are_refused(damaged, tmp_path, damage, named):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (("--dataset", "mnist"), "holds digits, not mnist: give --dataset digits"),
         (("--batch_size", 2_000), "batch_size 2000 is larger than the 1437 training images"),
         (("--batch_size", 1_436, "--drop_last", "false"), "the last batch of 1 images"),
         (("--validation_split", 1_437), "validation_split 1437 leaves 0 of 1437 .*: hold out"),
@@ -330,6 +330,18 @@ def test_choices_that_do_not_fit_are_refused(small_betons, tmp_path, options, na
     with pytest.raises(InputError, match=named):
         run(small_betons, tmp_path, *options)
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_the_folder_of_the_betons_names_the_data_set(small_betons, tmp_path):
+    """Not --dataset, which need not be given with it: what is judged as MNIST is MNIST."""
+    from data_prep.betons import load_manifest
+
+    folder = Path(shutil.copytree(small_betons, tmp_path / "betons"))
+    mine = dataclasses.replace(load_manifest(folder), dataset="my-digits")
+    (folder / "manifest.json").write_text(mine.to_json())
+    summary = run(folder, tmp_path / "run", "--dataset", "mnist")
+    assert summary["dataset"] == "my-digits"
+    assert read_records(tmp_path / "run")[-1]["dataset"] == "my-digits"
 
 
 def test_a_file_in_the_checkpoints_place_is_refused(small_betons, tmp_path):
