@@ -1,12 +1,9 @@
 """The training loop: `train(config)` is the whole interface."""
 
-import contextlib
-import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 from data_prep import betons
 from mnist_fast import (
@@ -26,7 +23,6 @@ from mnist_fast import (
     timing,
 )
 from mnist_fast.config import Config
-from mnist_fast.data import Batch
 from mnist_fast.errors import InputError, RunError, Stopped
 from mnist_fast.evaluate import evaluate, inspect
 from mnist_fast.model import build_network, check_name, count_parameters, layer_table
@@ -36,8 +32,6 @@ from mnist_fast.runtime import Runtime, naming_lost_processes
 from mnist_fast.schedule import learning_rate
 from mnist_fast.steps import Settings, TrainState
 from mnist_fast.tracking import Tracker
-
-MAX_SUMMARY = 1_000_000  # bytes of a summary.json, which has about 2,000
 
 
 @naming_lost_processes()
@@ -106,7 +100,9 @@ class Run:
         with signals.leaving_at_once():
             wandb_id = self.resume()
         self.parts.end("checkpoints")
-        if finished := self.runtime.on_main(self.read_finished):
+        over = self.progress.epoch >= self.config.epochs
+        finished = self.runtime.on_main(lambda: run_folder.read_summary(self.folder))
+        if over and finished:
             self.say(f"{self.folder} is finished: nothing to do")
             return finished
         self.say(self.plan.describe())
@@ -152,15 +148,6 @@ class Run:
         if difference := resume.different_rounding(found.state, identity):
             self.say(f"resumed: {difference}")
         return found.state["wandb_id"]
-
-    def read_finished(self) -> Record | None:
-        """The summary of a run that is over; None where its end is, or files of it are, missing."""
-        if self.progress.epoch < self.config.epochs:
-            return None
-        with contextlib.suppress(OSError, ValueError):
-            if (self.folder / "weights.safetensors").is_file():
-                return json.loads(files.read_file(self.folder / "summary.json", MAX_SUMMARY))
-        return None
 
     def conclude(self) -> Record:
         """Keeps the weights and what they make of the evaluation images; returns the summary."""
@@ -211,14 +198,20 @@ class Run:
         started = time.perf_counter()
         at = self.progress
         settings = Settings.of_epoch(self.config, at.epoch)
-        for batch in self.show_progress(self.feed.epoch(at.epoch, at.step)):
+        batches = self.feed.epoch(at.epoch, at.step)
+        if self.runtime.is_main and sys.stderr.isatty():
+            rest = range(at.step, self.sharding.steps)
+            totals = self.state.totals
+            batches = progress.show_epoch(batches, at.epoch, self.config.epochs, rest, totals)
+        for batch in batches:
             rate = learning_rate(self.config, at.global_step, self.sharding.steps)
             self.step.run(batch, settings.at(rate))
             self.after_step()
             at.step += 1
             at.global_step += 1
             if not self.startup_seconds:
-                self.startup_seconds = self.measure_startup()
+                self.state.totals.tolist()  # waits for the end of the first step
+                self.startup_seconds = timing.seconds_since_start()
             if self.runtime.agree_to_stop(signals.requested() is not None):
                 at.epoch_seconds += time.perf_counter() - started
                 self.stop()
@@ -238,17 +231,6 @@ class Run:
             fault = f"the loss is {loss} in epoch {self.progress.epoch + 1}: lower --learning_rate"
             self.tracker.alert("Loss is not finite", f"{self.folder.name}: {fault}", failed=True)
             raise RunError(fault, shared=True)
-
-    def show_progress(self, batches: Iterable[Batch]) -> Iterable[Batch]:
-        """The batches, with a bar on the main process's terminal."""
-        if not (self.runtime.is_main and sys.stderr.isatty()):
-            return batches
-        at, epochs, per_epoch = self.progress, self.config.epochs, self.sharding.steps
-        label = f"epoch {at.epoch + 1}/{epochs}"
-        later = (epochs - at.epoch - 1) * per_epoch
-        return progress.show(
-            batches, label, range(at.step, per_epoch), later, self.state.totals.tolist
-        )
 
     # Stops and checkpoints
 
@@ -292,16 +274,10 @@ class Run:
 
     def summarise(self) -> Record:
         """The run's `summary.json`."""
-        more: dict[str, Any] = {}
-        if self.config.tta:
-            found, split = self.evaluate(self.config.tta), records.split_of(self.config)
-            more = {f"{split}_accuracy_tta": found.accuracy, f"{split}_loss_tta": found.loss}
+        translated = self.evaluate(self.config.tta) if self.config.tta else None
         return records.summary(
-            self.config,
-            self.progress.records,
-            self.evaluation_set.total,
+            *(self.config, self.progress.records, self.evaluation_set.total, translated),
             **self.facts(),
-            **more,
             startup_seconds=self.startup_seconds,
             versions=provenance.versions(),
         )
@@ -331,11 +307,6 @@ class Run:
             mode=self.plan.mode.name,
             steps_per_epoch=self.sharding.steps,
         )
-
-    def measure_startup(self) -> float:
-        """Seconds from the start of this process to the end of its first step."""
-        self.state.totals.tolist()
-        return timing.seconds_since_start()
 
     def say(self, message: str) -> None:
         """Prints a line, on the main process."""

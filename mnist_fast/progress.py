@@ -3,12 +3,29 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from torch import Tensor
 from tqdm import tqdm
 
 from mnist_fast.data import Batch
 
 INTERVAL = 1.0  # seconds between two updates: each waits for the device
 FORMAT = "{percentage:3.0f} % |{bar:20}| {desc}"
+
+
+def show_epoch(
+    batches: Iterable[Batch], epoch: int, epochs: int, steps: range, totals: Tensor
+) -> Iterator[Batch]:
+    """Hands on the rest of an epoch's batches, with a bar.
+
+    Args:
+        batches: the rest.
+        epoch: its number, from 0.
+        epochs: of the run.
+        steps: first step and number of steps of the epoch.
+        totals: sum of losses, correct predictions and images so far.
+    """
+    later = (epochs - epoch - 1) * steps.stop
+    return show(batches, f"epoch {epoch + 1}/{epochs}", steps, later, totals.tolist)
 
 
 def show(

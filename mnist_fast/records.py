@@ -89,19 +89,29 @@ def is_duration(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and value >= 0
 
 
-def summary(config: Config, records: Sequence[Record], images: int, /, **more: Any) -> Record:
+def summary(
+    config: Config,
+    records: Sequence[Record],
+    images: int,
+    translated: Evaluation | None = None,
+    /,
+    **more: Any,
+) -> Record:
     """The run's `summary.json`.
 
     Args:
         config: the run's choices.
         records: of all epochs, at least one.
         images: that were evaluated.
+        translated: with test-time translations, which get names of their own.
         more: other fields, by name.
     """
     split, last = split_of(config), records[-1]
     best = max(records, key=accuracy_in)
     train_seconds = sum(record["epoch_seconds"] for record in records)
     trained = sum(record["epoch_seconds"] * record["images_per_second"] for record in records)
+    if translated is not None:
+        more |= {f"{split}_accuracy_tta": translated.accuracy, f"{split}_loss_tta": translated.loss}
     return {
         "recipe": config.recipe,
         "seed": config.seed,

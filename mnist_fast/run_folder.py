@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mnist_fast.config import Config
 from mnist_fast.errors import InputError, RunError, Stopped
@@ -17,6 +18,7 @@ from mnist_fast.files import read_file, write_atomically
 
 LOCK, STATUS = ".lock", "status.json"
 MAX_STATUS = 100_000  # bytes of a status.json
+MAX_SUMMARY = 1_000_000  # and of a summary.json, which has about 2,000
 _descriptors: dict[Path, int] = {}  # of the locks that this process holds
 
 
@@ -26,6 +28,14 @@ def choose(config: Config, dataset: str) -> Path:
     folder = Path(config.run_dir or make_new(Path("runs") / name))
     lock(folder)
     return folder
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of a run that has come to its end; None where files of its end are missing."""
+    with contextlib.suppress(OSError, ValueError):
+        if (folder / "weights.safetensors").is_file():
+            return json.loads(read_file(folder / "summary.json", MAX_SUMMARY))
+    return None
 
 
 def make_new(wanted: Path) -> Path:
