@@ -85,7 +85,7 @@ install_build_needs() {
 synchronise() { # installs the locked environment
   local wheel
   # FFCV last: the Python it is compiled for, and so the headers it needs, are known by then.
-  "$uv" sync --locked --no-install-package ffcv ||
+  "$uv" sync --locked --extra export --no-install-package ffcv ||
     die "uv could not install the locked environment (see above; UV_PYTHON=/path/to/python3.12 names a Python)"
   # Where Python may not write bytecode (PYTHONDONTWRITEBYTECODE is set in many containers, or .venv belongs to another
   # user), each process would compile torch's sources anew, for 10 s and more.
@@ -95,7 +95,7 @@ synchronise() { # installs the locked environment
     "$uv" pip install --python .venv/bin/python --no-deps --reinstall "$wheel" || die "could not install $wheel"
   else
     install_build_needs
-    "$uv" sync --locked || die "uv could not build or install FFCV (see above)"
+    "$uv" sync --locked --extra export || die "uv could not build or install FFCV (see above)"
   fi
 }
 

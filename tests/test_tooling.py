@@ -13,6 +13,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFLIGHT = ROOT / "mnist_fast" / "preflight.py"
+SYNC = "sync --locked --extra export"
 TARGETS = ["setup", "train", "test", "test-slow", "test-all", "test-gpu", "lint", "format"]
 TARGETS += ["bench", "bench-gpu", "clean"]
 
@@ -144,10 +145,10 @@ def set_up(clone, **env):
 def test_setup_runs_once_until_the_lock_changes(toy_clone):
     done, calls = set_up(toy_clone)
     assert done.returncode == 0, done.stderr
-    assert calls[-1] == "sync --locked"
+    assert calls[-1] == SYNC
     assert set_up(toy_clone)[1] == []
     (toy_clone / "uv.lock").write_text("changed\n")
-    assert set_up(toy_clone)[1][-1] == "sync --locked"
+    assert set_up(toy_clone)[1][-1] == SYNC
 
 
 def test_setup_repairs_an_environment_whose_python_is_gone(toy_clone):
@@ -187,7 +188,7 @@ def test_setup_tries_once_with_a_new_environment_when_a_library_is_broken(toy_cl
     (toy_clone / ".venv" / "leftover").touch()
     done, calls = set_up(toy_clone)
     assert done.returncode == 2
-    assert calls.count("sync --locked") == 2
+    assert calls.count(SYNC) == 2
     assert "cache clean ffcv" in calls
     assert not (toy_clone / ".venv" / "leftover").exists()
     assert not (toy_clone / ".venv" / ".setup-stamp").exists()
@@ -202,7 +203,7 @@ def test_setup_takes_a_self_contained_wheel_instead_of_building(toy_clone, tmp_p
         assert done.returncode == 0, done.stderr
         assert calls[-1].startswith("pip install")
         assert calls[-1].endswith(wheel.name)
-        assert "sync --locked" not in calls
+        assert SYNC not in calls
         assert set_up(toy_clone)[1] == []
     done, _ = set_up(toy_clone, FFCV_WHEEL="absent.whl")
     assert done.returncode == 2
