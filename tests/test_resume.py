@@ -244,3 +244,16 @@ def test_another_number_of_threads_goes_on_and_says_so(small_betons, tmp_path, c
     run(tmp_path, small_betons, threads=2)
     said = capsys.readouterr().out
     assert "the last bits may differ from an undisturbed run's: threads 1 before, 2 now" in said
+
+
+def test_a_scalers_state_goes_through_the_checkpoint(small_betons, tmp_path, monkeypatch):
+    """fp16 needs a GPU: a scaler that only remembers stands in for torch's."""
+    from mnist_fast.runtime import Runtime
+
+    kept, loaded = {"scale": 512.0, "_growth_tracker": 7}, []
+    monkeypatch.setattr(Runtime, "scaler_state", lambda _: kept)
+    monkeypatch.setattr(Runtime, "load_scaler_state", lambda _, state: loaded.append(state))
+    with pytest.raises(Stopped):
+        run(tmp_path, small_betons, stop_at=5)
+    run(tmp_path, small_betons)
+    assert loaded == [kept]
