@@ -12,9 +12,10 @@ from pathlib import Path
 
 import helpers
 import pytest
+from safetensors.torch import load_file
 
 PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
-LINKED = ("train.py", "accelerate_config.yaml", "mnist_fast", "data_prep", "slurm")
+LINKED = (*("train.py", "accelerate_config.yaml", "mnist_fast", "data_prep", "slurm"), ".venv")
 
 CONFIGURATION = """
 ClusterName=test
@@ -29,22 +30,25 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
-MpiDefault=none
 ReturnToService=2
 KillWait=10
 # the machine may have fewer CPUs than the nodes
 SlurmdParameters=config_overrides
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
+
+# What differs from cluster to cluster.
+DEFAULTS = {
+    "ProctrackType": "proctrack/linuxproc",
+    "TaskPlugin": "task/none",
+    "SelectTypeParameters": "CR_CPU",
+    "MpiDefault": "none",
+}
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} {resources}\n"
+PARTITIONS = ("all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP",)
 
 
 def missing():
@@ -59,12 +63,21 @@ def missing():
 class Cluster:
     """The running cluster, and a folder from which jobs are submitted.
 
+    Args:
+        folder: holds the configuration, the daemons' state and logs, and `top`.
+        resources: what each node has, in the words of slurm.conf.
+        partitions: the rest of their lines, each with its name first.
+        gres: the lines of gres.conf.
+        **settings: entries of slurm.conf; what is not given is in DEFAULTS.
+
     Attributes:
         top: stands for the top of the repository: links to it, and room for logs and runs.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, resources="CPUs=4", partitions=PARTITIONS, gres="", **settings):
         self.folder, self.top = folder, folder / "top"
+        self.resources, self.partitions, self.gres = resources, partitions, gres
+        self.settings = DEFAULTS | settings
         self.daemons = []
         self.environment = {
             "SLURM_CONF": str(folder / "slurm.conf"),
@@ -77,9 +90,9 @@ class Cluster:
             (self.folder / name).mkdir()
         for name in LINKED:
             (self.top / name).symlink_to(helpers.ROOT / name)
-        host = socket.gethostname().split(".")[0]
-        text = CONFIGURATION.format(host=host, folder=self.folder, ports=free_ports(3))
-        (self.folder / "slurm.conf").write_text(text)
+        (self.folder / "slurm.conf").write_text(self.configuration())
+        (self.folder / "gres.conf").write_text(self.gres)
+        (self.folder / "cgroup.conf").write_text("ConstrainCores=yes\n")
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
@@ -92,6 +105,15 @@ class Cluster:
         for node in ("n1", "n2"):
             self.daemon("slurmd", "-D", "-N", node)
         wait_for(lambda: self.call("sinfo", "-h", "-o", "%D %t").split() == ["2", "idle"], 60, "n1")
+
+    def configuration(self):
+        """The text of slurm.conf."""
+        host, ports = socket.gethostname().split(".")[0], free_ports(3)
+        text = CONFIGURATION.format(host=host, folder=self.folder, ports=ports)
+        text += "".join(f"{name}={value}\n" for name, value in self.settings.items())
+        for name, port in zip(("n1", "n2"), ports[1:], strict=True):
+            text += NODE.format(name=name, host=host, port=port, resources=self.resources)
+        return text + "".join(f"PartitionName={line}\n" for line in self.partitions)
 
     def daemon(self, program, *arguments):
         with (self.folder / f"{program}.log").open("ab") as log:
@@ -125,32 +147,35 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def processes(self):
-        """Processes that belong to this cluster: they have its configuration."""
-        mark, found = self.environment["SLURM_CONF"].encode(), []
+    def processes(self, *variables):
+        """Processes of this cluster: they have its configuration, and other variables if given."""
+        marks = {f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()}
+        marks |= {variable.encode() for variable in variables}
+        found = []
         for environment in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):  # it has just ended
-                if mark in environment.read_bytes():
+                if marks <= set(environment.read_bytes().split(b"\0")):
                     found.append(int(environment.parent.name))
         return found
 
-    def call(self, *command, check=True, environment=None):
+    def call(self, *command, check=True, environment=None, cwd=None, timeout=60):
         """Runs one of SLURM's programs; returns what it wrote."""
         done = subprocess.run(
             command,
             env=os.environ | self.environment | (environment or {}),
-            cwd=self.top,
+            cwd=cwd or self.top,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=timeout,
         )
         if check and done.returncode:
             raise RuntimeError(f"{command}: {done.stderr}")
         return done.stdout if check else done.stdout + done.stderr
 
-    def submit(self, *arguments, environment=None):
+    def submit(self, *arguments, environment=None, cwd=None):
         """Submits a job; returns its id."""
-        return self.call("sbatch", "--parsable", *arguments, environment=environment).strip()
+        command = ("sbatch", "--parsable", *arguments)
+        return self.call(*command, environment=environment, cwd=cwd).strip()
 
     def job(self, number):
         """A job's fields, as `scontrol show job` has them."""
@@ -196,13 +221,71 @@ def wait_for(condition, seconds, what):
         time.sleep(0.2)
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+@contextlib.contextmanager
+def running(folder, **configuration):
+    """A cluster, as long as the context lasts; skips the test where there is no SLURM."""
     if reason := missing():
         pytest.skip(reason)
-    running = Cluster(tmp_path_factory.mktemp("slurm"))
+    cluster = Cluster(folder, **configuration)
     try:
-        running.start()
-        yield running
+        cluster.start()
+        yield cluster
     finally:
-        running.stop()
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """One partition, nothing bound, nothing preempted."""
+    with running(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Another cluster: cores bound one by one, memory shared out, PMI-2, GPUs and preemption.
+
+    Jobs of the partition `urgent` take the place of the others, a minute after a warning.
+    """
+    preempted = "Default=YES PriorityTier=1 GraceTime=60 DefMemPerCPU=500"
+    urgent = "PriorityTier=10 PreemptMode=OFF DefMemPerCPU=500"
+    with running(
+        tmp_path_factory.mktemp("site"),
+        resources="CPUs=2 CoresPerSocket=2 RealMemory=4000 Gres=gpu:2",
+        gres="NodeName=n1,n2 Name=gpu File=/dev/tty[0-1]\n",
+        partitions=[
+            f"{name} Nodes=n1,n2 MaxTime=INFINITE State=UP {rest}"
+            for name, rest in (("low", preempted), ("urgent", urgent))
+        ],
+        GresTypes="gpu",
+        TaskPlugin="task/affinity",
+        TaskPluginParam="autobind=cores",
+        SelectTypeParameters="CR_Core_Memory",
+        MpiDefault="pmi2",
+        PreemptType="preempt/partition_prio",
+        PreemptMode="REQUEUE",
+    ) as cluster:
+        yield cluster
+
+
+# Dropout, EMA and a smaller last batch: all that a resumed run has to get right.
+OPTIONS = (*helpers.QUICK, "--recipe", "notebook", "--ema_decay", "0.98", "--threads", "1")
+
+
+@pytest.fixture(scope="session")
+def reference(small_betons, tmp_path_factory):
+    """A run of eight epochs and two processes that nothing disturbs."""
+    folder = tmp_path_factory.getbasetemp() / "reference" / "run"
+    if (folder / "summary.json").exists():  # another file of tests has asked for it
+        return folder
+    folder.parent.mkdir()
+    where = ("--data_dir", small_betons, "--run_dir", folder)
+    done = helpers.torchrun(2, helpers.TRAIN, *OPTIONS, *where, "--epochs", "8", cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def same_weights(one, other):
+    """Whether two runs ended with the same weights, bit by bit."""
+    ours, theirs = (load_file(folder / "weights.safetensors") for folder in (one, other))
+    return ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)

@@ -1,3 +1,4 @@
+# ruff: noqa: F811
 """slurm/ on a real SLURM, started for these tests on this machine."""
 
 import json
@@ -6,12 +7,9 @@ import subprocess
 
 import helpers
 import pytest
-from safetensors.torch import load_file
-from slurm_cluster import cluster  # noqa: F401
+from slurm_cluster import OPTIONS, cluster, reference, same_weights  # noqa: F401
 
 SCRIPTS = ("train.sh", "seeds.sh", "sweep.sh")
-# Dropout, EMA and a smaller last batch: all that a resumed run has to get right.
-OPTIONS = (*helpers.QUICK, "--recipe", "notebook", "--ema_decay", "0.98", "--threads", "1")
 LIMIT = 600  # seconds for one job
 
 slow = pytest.mark.slow
@@ -19,11 +17,6 @@ slow = pytest.mark.slow
 
 def status(folder):
     return json.loads((folder / "status.json").read_text())["status"]
-
-
-def same_weights(one, other):
-    ours, theirs = (load_file(folder / "weights.safetensors") for folder in (one, other))
-    return ours.keys() == theirs.keys() and all(ours[k].equal(theirs[k]) for k in ours)
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
@@ -56,26 +49,16 @@ def test_an_array_chooses_the_seed(tmp_path):
 
 @slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_sbatch_accepts_it(cluster, script):  # noqa: F811
+def test_sbatch_accepts_it(cluster, script):
     said = cluster.call("sbatch", "--test-only", "--nodes=1", f"slurm/{script}", check=False)
     assert "to start at" in said
-
-
-@pytest.fixture(scope="module")
-def reference(small_betons, tmp_path_factory):
-    """A run of two processes that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("reference") / "run"
-    where = ("--data_dir", small_betons, "--run_dir", folder)
-    done = helpers.torchrun(2, helpers.TRAIN, *OPTIONS, *where, "--epochs", "8", cwd=folder.parent)
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 @slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("nodes, processes", [(1, 2), (2, 1)])
 def test_a_stopped_job_is_queued_again_and_ends_with_the_same_weights(
-    cluster,  # noqa: F811
+    cluster,
     reference,
     small_betons,
     tmp_path,
@@ -123,7 +106,7 @@ fi
 @slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("copies", [1, 2])
-def test_a_damaged_copy_of_the_data_is_noticed(cluster, small_betons, tmp_path, copies):  # noqa: F811
+def test_a_damaged_copy_of_the_data_is_noticed(cluster, small_betons, tmp_path, copies):
     """Once: copied again. Each time: the shared files are read."""
     (tmp_path / "cp").write_text(FAULTY_CP)
     (tmp_path / "cp").chmod(0o755)
@@ -145,7 +128,7 @@ def test_a_damaged_copy_of_the_data_is_noticed(cluster, small_betons, tmp_path, 
 
 @slow
 @pytest.mark.timeout(1500)
-def test_damaged_shared_data_ends_the_job(cluster, small_betons, tmp_path):  # noqa: F811
+def test_damaged_shared_data_ends_the_job(cluster, small_betons, tmp_path):
     shutil.copytree(small_betons, tmp_path / "betons")
     content = bytearray((tmp_path / "betons" / "test.beton").read_bytes())
     content[-1] ^= 4
@@ -160,7 +143,7 @@ def test_damaged_shared_data_ends_the_job(cluster, small_betons, tmp_path):  # n
 @slow
 @pytest.mark.timeout(1500)
 def test_the_time_limit_queues_it_again_even_before_the_first_step(
-    cluster,  # noqa: F811
+    cluster,
     small_betons,
     tmp_path,
 ):
@@ -176,7 +159,7 @@ def test_the_time_limit_queues_it_again_even_before_the_first_step(
 
 @slow
 @pytest.mark.timeout(1500)
-def test_requeues_are_capped(cluster, small_betons, tmp_path):  # noqa: F811
+def test_requeues_are_capped(cluster, small_betons, tmp_path):
     run = tmp_path / "run"
     job = cluster.submit(
         *("slurm/train.sh", *OPTIONS),
@@ -192,7 +175,7 @@ def test_requeues_are_capped(cluster, small_betons, tmp_path):  # noqa: F811
 
 @slow
 @pytest.mark.timeout(1500)
-def test_a_failing_job_is_reported_and_not_queued_again(cluster, small_betons, tmp_path):  # noqa: F811
+def test_a_failing_job_is_reported_and_not_queued_again(cluster, small_betons, tmp_path):
     where = ("--data_dir", small_betons, "--run_dir", tmp_path / "run")
     bad = {
         "2:0": ("--epochs", "0"),
@@ -211,7 +194,7 @@ def test_a_failing_job_is_reported_and_not_queued_again(cluster, small_betons, t
 
 @slow
 @pytest.mark.timeout(1500)
-def test_an_array_of_seeds(cluster, small_betons):  # noqa: F811
+def test_an_array_of_seeds(cluster, small_betons):
     array = cluster.submit(
         *("--array=1-2", "slurm/seeds.sh", *helpers.QUICK),
         *("--data_dir", small_betons, "--epochs", "1"),
@@ -225,7 +208,7 @@ def test_an_array_of_seeds(cluster, small_betons):  # noqa: F811
 
 @slow
 @pytest.mark.timeout(1500)
-def test_two_jobs_with_one_run_folder(cluster, reference, small_betons, tmp_path):  # noqa: F811
+def test_two_jobs_with_one_run_folder(cluster, reference, small_betons, tmp_path):
     run = tmp_path / "run"
     command = ("--cpus-per-task=2", "slurm/train.sh", *OPTIONS)
     where = ("--data_dir", small_betons, "--run_dir", run, "--epochs", "8")
@@ -239,7 +222,7 @@ def test_two_jobs_with_one_run_folder(cluster, reference, small_betons, tmp_path
 
 
 @slow
-def test_an_unknown_head_node_stops_the_job(cluster, small_betons, tmp_path):  # noqa: F811
+def test_an_unknown_head_node_stops_the_job(cluster, small_betons, tmp_path):
     fake = tmp_path / "getent"
     fake.write_text("#!/bin/sh\nexit 2\n")
     fake.chmod(0o755)
@@ -253,7 +236,7 @@ def test_an_unknown_head_node_stops_the_job(cluster, small_betons, tmp_path):  #
 
 
 @slow
-def test_a_sweep_starts_its_agent(cluster, tmp_path):  # noqa: F811
+def test_a_sweep_starts_its_agent(cluster, tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "started: $*"\n')
     python.chmod(0o755)
@@ -267,6 +250,6 @@ def test_a_sweep_starts_its_agent(cluster, tmp_path):  # noqa: F811
 
 
 @slow
-def test_a_sweep_needs_its_name(cluster):  # noqa: F811
+def test_a_sweep_needs_its_name(cluster):
     job = cluster.submit("--array=1", "slurm/sweep.sh")
     assert cluster.wait(f"{job}_1", LIMIT)["ExitCode"] == "2:0"
