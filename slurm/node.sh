@@ -3,20 +3,24 @@
 # the node's processes. Everything but train.py's options comes through the environment.
 set -euo pipefail
 
+say() { printf 'node %s: %s\n' "$SLURM_NODEID" "$1" >&2; }
+
 # Ignored here and in all that this starts; only train.py's processes listen to it again. The launcher would die of it and
 # leave them behind.
 trap '' USR1
 trap : TERM # Slurm sends it to every process of the step; the launcher's end is waited for
 
-say() { printf 'node %s: %s\n' "$SLURM_NODEID" "$1" >&2; }
+for base in "${SLURM_TMPDIR:-}" "${TMPDIR:-}" /tmp; do # another job's may be gone
+  [[ ! -d $base || ! -w $base ]] || break
+done
+local=$base/mnist_fast-$SLURM_JOB_ID-$SLURM_NODEID
+
+trap 'rm -rf "$local"' EXIT
 
 if [[ -n ${SLURM_GPUS_ON_NODE:-} && $SLURM_GPUS_ON_NODE -lt $PROCESSES_PER_NODE ]]; then
   say "$SLURM_GPUS_ON_NODE GPUs for $PROCESSES_PER_NODE processes: ask for the same number on every node (--gpus-per-node)"
   exit 2
 fi
-
-local=${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/mnist_fast-$SLURM_JOB_ID-$SLURM_NODEID
-trap 'rm -rf "$local"' EXIT
 
 verified() { # verified FOLDER: size and sha256 of its betons are those of its manifest
   "$PYTHON" -c '
@@ -30,21 +34,28 @@ stage() {
   rm -rf "$local" && mkdir -p "$local" && cp "$DATA_DIR"/{train,test}.beton "$DATA_DIR"/manifest.json "$local" && verified "$local"
 }
 
+data=$local
 if stage || stage; then # a second time: the copy may have met a busy file server
   say "data copied to $local and verified"
 else
   say "data is read from $DATA_DIR: it could not be copied to $local"
-  local_data=$DATA_DIR
+  data=$DATA_DIR
 fi
 
-cpus=${SLURM_CPUS_ON_NODE:-1}
-threads=$((cpus / PROCESSES_PER_NODE))
-threads=$((threads > 0 ? threads : 1))
+mapfile -t lines < <("$PYTHON" slurm/cpus.py "$PROCESSES_PER_NODE")
+export CPU_SHARES=${lines[*]:1}
+threads=${lines[0]}
+if [[ ${SLURM_CPUS_ON_NODE:-1} -lt $PROCESSES_PER_NODE ]]; then
+  say "$SLURM_CPUS_ON_NODE CPUs for $PROCESSES_PER_NODE processes is slow: ask for more (--cpus-per-gpu, --cpus-per-task, --exclusive)"
+fi
+say "$PROCESSES_PER_NODE processes with $threads threads each, on CPUs $CPU_SHARES"
+
 "$PYTHON" -m accelerate.commands.accelerate_cli launch --config_file accelerate_config.yaml --mixed_precision no \
   --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \
   --num_processes $((SLURM_NNODES * PROCESSES_PER_NODE)) \
   --main_process_ip "$HEAD_ADDRESS" --main_process_port "$HEAD_PORT" \
-  train.py --threads "$threads" "$@" --data_dir "${local_data:-$local}" --run_dir "$RUN_DIR" &
+  --no_python slurm/process.sh train.py --threads "$threads" "$@" \
+  --data_dir "$data" --run_dir "$RUN_DIR" &
 launcher=$!
 
 while kill -0 "$launcher" 2>/dev/null; do

@@ -15,17 +15,24 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-if [[ -z ${SLURM_ARRAY_TASK_ID:-} ]]; then
-  printf 'slurm/seeds.sh: error: runs as a job array only: sbatch --array=1-10 slurm/seeds.sh\n' >&2
+fail() {
+  printf 'slurm/seeds.sh: error: %s\n' "$1" >&2
   exit 2
-fi
+}
+
+[[ -n ${SLURM_ARRAY_TASK_ID:-} ]] || fail "runs as a job array only: sbatch --array=1-10 slurm/seeds.sh"
 for word in "$@"; do
   case $word in
-  --seed | --seed=* | --run_dir | --run_dir=*)
-    printf 'slurm/seeds.sh: error: %s is chosen per task of the array: leave it out\n' "${word%%=*}" >&2
-    exit 2
-    ;;
+  --seed | --seed=* | --run_dir | --run_dir=*) fail "${word%%=*} is chosen per task of the array: leave it out" ;;
   esac
 done
-exec bash "$SLURM_SUBMIT_DIR/slurm/train.sh" "$@" --seed "$SLURM_ARRAY_TASK_ID" \
+
+# The top of the repository: where the job was submitted, or around this script, of which Slurm runs a copy.
+own=$(scontrol show job "${SLURM_JOB_ID:-}" 2>/dev/null | sed -n 's|^ *Command=\(/.*\)/slurm/seeds\.sh.*|\1|p') || true
+for top in "$PWD" "${SLURM_SUBMIT_DIR:-}" "$own" "$(dirname "${BASH_SOURCE[0]}")/.." ''; do
+  [[ ! -f $top/train.py || ! -f $top/slurm/node.sh ]] || break
+done
+[[ -n $top ]] || fail "the repository is neither in $PWD nor around this script: submit from its top, or with --chdir=TOP"
+cd "$top"
+exec bash slurm/train.sh "$@" --seed "$SLURM_ARRAY_TASK_ID" \
   --run_dir "runs/$SLURM_JOB_NAME-$SLURM_ARRAY_JOB_ID/seed-$SLURM_ARRAY_TASK_ID"

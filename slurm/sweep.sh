@@ -24,18 +24,17 @@ fail() {
 
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "runs under SLURM only: sbatch slurm/sweep.sh SWEEP"
 [[ $# -eq 1 ]] || fail "name one sweep, ENTITY/PROJECT/ID, as wandb sweep prints it"
-cd "$SLURM_SUBMIT_DIR"
-[[ -f train.py ]] || fail "$PWD is not the top of the repository: submit from there"
-if [[ -f slurm/site.sh ]]; then
-  set +u # module and conda touch variables that are not set
-  # shellcheck source=/dev/null
-  source slurm/site.sh
-  set -u
-fi
-PYTHON=${PYTHON:-$PWD/.venv/bin/python}
-[[ -x $PYTHON ]] || fail "$PYTHON is not there: run make setup, or set PYTHON"
+# The top of the repository: where the job was submitted, or around this script, of which Slurm runs a copy.
+own=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's|^ *Command=\(/.*\)/slurm/sweep\.sh.*|\1|p') || true
+for top in "$PWD" "${SLURM_SUBMIT_DIR:-}" "$own" "$(dirname "${BASH_SOURCE[0]}")/.." ''; do
+  [[ ! -f $top/train.py || ! -f $top/slurm/node.sh ]] || break
+done
+[[ -n $top ]] || fail "the repository is neither in $PWD nor around this script: submit from its top, or with --chdir=TOP"
+cd "$top"
+# shellcheck source=slurm/job.sh
+source slurm/job.sh
 PATH=$(dirname "$PYTHON"):$PATH # the sweep's command says python
 export PATH
 
-exec srun --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+exec "${on_every_node[@]}" --nodes=1 --ntasks=1 \
   "$PYTHON" -m wandb agent --forward-signals --count "${RUNS_PER_AGENT:-1}" "$1"

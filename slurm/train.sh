@@ -25,16 +25,16 @@ fail() {
 }
 
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "runs under SLURM only: sbatch slurm/train.sh"
-cd "$SLURM_SUBMIT_DIR"
-[[ -f train.py && -f slurm/node.sh ]] || fail "$PWD is not the top of the repository: submit from there"
-if [[ -f slurm/site.sh ]]; then
-  set +u # module and conda touch variables that are not set
-  # shellcheck source=/dev/null
-  source slurm/site.sh
-  set -u
-fi
-export PYTHON=${PYTHON:-$PWD/.venv/bin/python}
-[[ -x $PYTHON ]] || fail "$PYTHON is not there: run make setup, or set PYTHON"
+
+# The top of the repository: where the job was submitted, or around this script, of which Slurm runs a copy.
+own=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's|^ *Command=\(/.*\)/slurm/train\.sh.*|\1|p') || true
+for top in "$PWD" "${SLURM_SUBMIT_DIR:-}" "$own" "$(dirname "${BASH_SOURCE[0]}")/.." ''; do
+  [[ ! -f $top/train.py || ! -f $top/slurm/node.sh ]] || break
+done
+[[ -n $top ]] || fail "the repository is neither in $PWD nor around this script: submit from its top, or with --chdir=TOP"
+cd "$top"
+# shellcheck source=slurm/job.sh
+source slurm/job.sh
 
 # What train.py would make of its options; a mistake in them ends the job here.
 settings=$("$PYTHON" -c '
@@ -67,6 +67,9 @@ if ((${SLURM_RESTART_COUNT:-0})) && compgen -G "$RUN_DIR/checkpoints/step-*" >/d
   set -- "$@" --resume auto
 fi
 
+if (($(grep -o ' GRES=gpu:[^ (]*' <<<"$JOB" | sort -u | wc -l) > 1)); then
+  fail "the nodes give different numbers of GPUs: ask for the same number on every node (--gpus-per-node)"
+fi
 PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 STOP_FILE=$RUN_DIR/.stop-$SLURM_JOB_ID
 rm -f "$STOP_FILE"
@@ -80,8 +83,8 @@ time_is_up=
 trap 'time_is_up=1; touch "$STOP_FILE" || scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 
 read -r -a more <<<"${SRUN_OPTIONS:-}"
-srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
-  --kill-on-bad-exit=1 --wait=60 "${more[@]}" bash slurm/node.sh "$@" &
+"${on_every_node[@]}" --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --kill-on-bad-exit=1 --wait=60 \
+  "${more[@]}" bash slurm/node.sh "$@" &
 step=$!
 code=0
 wait "$step" || code=$?

@@ -31,6 +31,7 @@ def test_the_sites_file_may_use_variables_that_are_not_set(script, tmp_path):
     (tmp_path / "slurm").mkdir()
     (tmp_path / "train.py").touch()
     (tmp_path / "slurm/node.sh").touch()
+    shutil.copy(helpers.ROOT / "slurm/job.sh", tmp_path / "slurm")
     (tmp_path / "slurm/site.sh").write_text('echo "$NOT_SET"; PYTHON=/nowhere/python\n')
     environment = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
     command = ("bash", helpers.ROOT / "slurm" / script, "--epochs=1")
