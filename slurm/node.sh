@@ -8,14 +8,22 @@ say() { printf 'node %s: %s\n' "$SLURM_NODEID" "$1" >&2; }
 # Ignored here and in all that this starts; only train.py's processes listen to it again. The launcher would die of it and
 # leave them behind.
 trap '' USR1
-trap : TERM # Slurm sends it to every process of the step; the launcher's end is waited for
+# A preempted job's processes get it, and all others' when one node has failed. The launcher's end is waited for.
+terminated=
+trap 'terminated=1; [[ -e $FAILED_FILE ]] || touch "$STOP_FILE"' TERM
 
 for base in "${SLURM_TMPDIR:-}" "${TMPDIR:-}" /tmp; do # another job's may be gone
   [[ ! -d $base || ! -w $base ]] || break
 done
 local=$base/mnist_fast-$SLURM_JOB_ID-$SLURM_NODEID
 
-trap 'rm -rf "$local"' EXIT
+# shellcheck disable=SC2317 # called by the trap, on every way out but SIGKILL
+leave() {
+  code=$?
+  rm -rf "$local"
+  ((code == 0)) || [[ -e $STOP_FILE || -e $FAILED_FILE ]] || printf '%d\n' "$code" >"$FAILED_FILE"
+}
+trap leave EXIT
 
 if [[ -n ${SLURM_GPUS_ON_NODE:-} && $SLURM_GPUS_ON_NODE -lt $PROCESSES_PER_NODE ]]; then
   say "$SLURM_GPUS_ON_NODE GPUs for $PROCESSES_PER_NODE processes: ask for the same number on every node (--gpus-per-node)"
@@ -50,6 +58,7 @@ if [[ ${SLURM_CPUS_ON_NODE:-1} -lt $PROCESSES_PER_NODE ]]; then
 fi
 say "$PROCESSES_PER_NODE processes with $threads threads each, on CPUs $CPU_SHARES"
 
+[[ -z $terminated ]] || exit 143
 "$PYTHON" -m accelerate.commands.accelerate_cli launch --config_file accelerate_config.yaml --mixed_precision no \
   --num_machines "$SLURM_NNODES" --machine_rank "$SLURM_NODEID" \
   --num_processes $((SLURM_NNODES * PROCESSES_PER_NODE)) \
@@ -59,8 +68,17 @@ say "$PROCESSES_PER_NODE processes with $threads threads each, on CPUs $CPU_SHAR
 launcher=$!
 
 while kill -0 "$launcher" 2>/dev/null; do
+  if found=$(pgrep --parent "$launcher"); then workers=$found; fi
   # Again and again: a process that has just started does not listen yet.
   [[ ! -e $STOP_FILE ]] || pkill -USR1 --parent "$launcher" || true
   sleep 1
 done
-wait "$launcher"
+code=0
+wait "$launcher" || code=$?
+# The launcher of a single process ends at SIGTERM, before its process has saved a checkpoint.
+for ((tenths = 0; tenths < 600; tenths++)); do
+  # shellcheck disable=SC2086 # a list of numbers, or nothing
+  kill -0 ${workers:-} 2>/dev/null || break
+  sleep 0.1
+done
+exit "$code"

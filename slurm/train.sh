@@ -26,6 +26,17 @@ fail() {
 
 [[ -n ${SLURM_JOB_ID:-} ]] || fail "runs under SLURM only: sbatch slurm/train.sh"
 
+# A request to stop is noted. Slurm sends USR1 before the time limit, an administrator perhaps TERM; both reach this script
+# alone. Every node's wrapper looks for the file: a signal to the step would reach W&B's and the launcher's processes too.
+asked='' STOP_FILE=''
+# shellcheck disable=SC2317 # called by the traps
+stop() {
+  asked=$1
+  [[ -z $STOP_FILE ]] || touch "$STOP_FILE" || scancel --signal=USR1 "$SLURM_JOB_ID"
+}
+trap 'stop USR1' USR1
+trap 'stop TERM' TERM INT
+
 # The top of the repository: where the job was submitted, or around this script, of which Slurm runs a copy.
 own=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's|^ *Command=\(/.*\)/slurm/train\.sh.*|\1|p') || true
 for top in "$PWD" "${SLURM_SUBMIT_DIR:-}" "$own" "$(dirname "${BASH_SOURCE[0]}")/.." ''; do
@@ -35,6 +46,18 @@ done
 cd "$top"
 # shellcheck source=slurm/job.sh
 source slurm/job.sh
+
+# Seconds from the job's start to its time limit. Slurm does not tell a job how long before that it warns: what --signal
+# replaced this file's 120 by is not seen here.
+limit=1000000000
+if [[ $JOB =~ StartTime=([0-9T:-]+)\ EndTime=([0-9T:-]+) ]]; then
+  limit=$(($(date -d "${BASH_REMATCH[2]}" +%s) - $(date -d "${BASH_REMATCH[1]}" +%s)))
+fi
+warning=${SBATCH_SIGNAL:-@120}
+warning=${warning##*@}
+[[ $warning =~ ^[0-9]+$ ]] || warning=60 # Slurm's default
+((limit >= warning)) || fail "the time limit of $limit s is shorter than the warning of $warning s before its end: ask for \
+a longer --time, or for a later warning with SBATCH_SIGNAL=B:USR1@30 before sbatch, since the job cannot see --signal"
 
 # What train.py would make of its options; a mistake in them ends the job here.
 settings=$("$PYTHON" -c '
@@ -71,28 +94,31 @@ if (($(grep -o ' GRES=gpu:[^ (]*' <<<"$JOB" | sort -u | wc -l) > 1)); then
   fail "the nodes give different numbers of GPUs: ask for the same number on every node (--gpus-per-node)"
 fi
 PROCESSES_PER_NODE=${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+FAILED_FILE=$RUN_DIR/.failed-$SLURM_JOB_ID # the exit status of the first node that failed
+rm -f "$FAILED_FILE" "$RUN_DIR/.stop-$SLURM_JOB_ID"
 STOP_FILE=$RUN_DIR/.stop-$SLURM_JOB_ID
-rm -f "$STOP_FILE"
-export DATA_DIR RUN_DIR HEAD_ADDRESS HEAD_PORT PROCESSES_PER_NODE STOP_FILE
+export DATA_DIR RUN_DIR HEAD_ADDRESS HEAD_PORT PROCESSES_PER_NODE STOP_FILE FAILED_FILE
 start=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 printf 'job %s on %s: %d nodes with %d processes each, head %s:%d, run folder %s\n' \
   "$start" "$SLURM_JOB_NODELIST" "$SLURM_NNODES" "$PROCESSES_PER_NODE" "$HEAD_ADDRESS" "$HEAD_PORT" "$RUN_DIR"
 
-time_is_up=
-# Every node's wrapper looks for this file. Slurm's own way would signal W&B's and the launcher's processes too.
-trap 'time_is_up=1; touch "$STOP_FILE" || scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
-
-read -r -a more <<<"${SRUN_OPTIONS:-}"
-"${on_every_node[@]}" --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --kill-on-bad-exit=1 --wait=60 \
-  "${more[@]}" bash slurm/node.sh "$@" &
-step=$!
 code=0
-wait "$step" || code=$?
-while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not the step
-  code=0
+if [[ -z $asked ]]; then
+  read -r -a more <<<"${SRUN_OPTIONS:-}"
+  "${on_every_node[@]}" --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --kill-on-bad-exit=1 --wait=60 \
+    "${more[@]}" bash slurm/node.sh "$@" &
+  step=$!
   wait "$step" || code=$?
-done
-rm -f "$STOP_FILE"
+  while kill -0 "$step" 2>/dev/null; do # a signal ends `wait`, not the step
+    code=0
+    wait "$step" || code=$?
+  done
+fi
+failed=
+[[ ! -e $STOP_FILE ]] || : "${asked:=TERM}" # a node was signalled itself, as Slurm does before it preempts a job
+[[ ! -e $FAILED_FILE ]] || failed=$(<"$FAILED_FILE")
+rm -f "$STOP_FILE" "$FAILED_FILE"
+STOP_FILE='' # a request comes too late now
 
 # A launcher's exit status does not tell why it ended; the run's own word does, if it is about this start of the job.
 status=$("$PYTHON" -c '
@@ -105,13 +131,18 @@ except (OSError, ValueError, LookupError, TypeError):
 printf 'job %s: the run is %s, srun ended with status %d\n' "$start" "$status" "$code"
 
 [[ $status != finished ]] || exit 0
-# "unknown": the request came before the run had begun.
-if [[ -n $time_is_up && ($status == stopped || $status == unknown) ]]; then
-  if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_REQUEUES:-10})); then
+[[ -z $failed ]] || exit "$failed"
+# Another way of asking than those above may have reached the run. A job that was cancelled is asked as well.
+if [[ -n $asked || $status == stopped ]] && [[ $(scontrol show job "$SLURM_JOB_ID") == *JobState=RUNNING* ]]; then
+  if ((${SLURM_RESTART_COUNT:-0} && limit < 900)) && [[ $asked == USR1 ]] &&
+    ! compgen -G "$RUN_DIR/checkpoints/step-*" >/dev/null; then
+    fail "warned in two starts before the first step: ask for a longer --time than $limit s, or for a later warning, \
+as with --signal=B:USR1@30"
+  elif ((${SLURM_RESTART_COUNT:-0} >= ${MAX_REQUEUES:-10})); then
     printf 'job %s: not queued again after %d requeues (MAX_REQUEUES)\n' "$start" "${SLURM_RESTART_COUNT:-0}" >&2
-  elif scontrol requeue "$SLURM_JOB_ID"; then
-    printf 'job %s: queued again\n' "$start"
-    sleep 120 # Slurm ends this script before that
+  else
+    printf 'job %s: asks Slurm to queue it again\n' "$start"
+    ! scontrol requeue "$SLURM_JOB_ID" || sleep 120 # Slurm ends this script before that
   fi
 fi
 exit $((code ? code : 1))

@@ -57,7 +57,7 @@ def test_sbatch_accepts_it(cluster, script):
 
 @slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("nodes, processes", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("nodes, processes, signal", [(1, 2, "USR1"), (2, 1, "TERM")])
 def test_a_stopped_job_is_queued_again_and_ends_with_the_same_weights(
     cluster,
     reference,
@@ -65,7 +65,9 @@ def test_a_stopped_job_is_queued_again_and_ends_with_the_same_weights(
     tmp_path,
     nodes,
     processes,
+    signal,
 ):
+    """Slurm sends SIGUSR1 before the time limit, an administrator perhaps SIGTERM."""
     run = tmp_path / "run"
     job = cluster.submit(
         *(f"--nodes={nodes}", f"--cpus-per-task={processes}", "slurm/train.sh", *OPTIONS),
@@ -76,7 +78,7 @@ def test_a_stopped_job_is_queued_again_and_ends_with_the_same_weights(
     cluster.wait(
         job, LIMIT, lambda _: metrics.exists() and len(metrics.read_text().splitlines()) > 1
     )
-    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    cluster.call("scancel", "--batch", f"--signal={signal}", job)
     cluster.wait(job, LIMIT, lambda job: job["Restarts"] == "1")
     assert len(helpers.read_records(run)) < 8, "it was over before it was stopped"
     assert status(run) == "stopped"

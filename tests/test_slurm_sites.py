@@ -3,11 +3,12 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import helpers
 import pytest
-from slurm_cluster import OPTIONS, site  # noqa: F401
+from slurm_cluster import OPTIONS, reference, same_weights, site  # noqa: F401
 
 sys.path.insert(0, str(helpers.ROOT / "slurm"))
 import cpus
@@ -162,6 +163,49 @@ def test_unequal_gpus_are_refused_before_anything_starts(site, submit, tmp_path)
     assert "different numbers of GPUs" in log(site, job)
 
 
+@slow
+def test_the_exit_status_of_the_node_that_refuses_is_the_jobs(site, submit, tmp_path):
+    """Not that of srun, which kills the others."""
+    options = ("--nodes=2", "--gpus-per-node=2")
+    job = submit(tmp_path / "run", *options, PROCESSES_PER_NODE="3")
+    assert state(site.wait(job, LIMIT)) == ("FAILED", "2:0", "0"), log(site, job)
+    assert "2 GPUs for 3 processes" in log(site, job)
+    assert not list((tmp_path / "run").iterdir())
+
+
+@slow
+def test_a_preempted_job_is_queued_again(site, submit, reference, tmp_path):
+    """Slurm sends SIGTERM to all processes of the step, and not to the script."""
+    run = tmp_path / "run"
+    job = submit(run, "--nodes=2", "--exclusive", epochs=8, PROCESSES_PER_NODE="1")
+    wait_for_epochs(site, job, run, 2)
+    urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 3")
+    site.submit(*urgent, "--output=/dev/null")
+    site.wait(job, LIMIT, lambda job: job["Restarts"] == "1")
+    assert len(helpers.read_records(run)) < 8, "it was over before it was stopped"
+    assert state(site.wait(job, LIMIT)) == ("COMPLETED", "0:0", "1"), log(site, job)
+    assert [record["epoch"] for record in helpers.read_records(run)] == list(range(1, 9))
+    assert same_weights(run, reference)
+    assert not list(run.glob(".[sfd]*-*")), "files of the scripts are left"
+
+
+@slow
+def test_a_single_process_is_queued_again_too(site, submit, tmp_path):
+    """Its launcher dies of SIGTERM at once; cancelled plainly, the job does not come back."""
+    run = tmp_path / "run"
+    job = submit(run, epochs=500)
+    wait_for_epochs(site, job, run)
+    site.call("scancel", "--signal=TERM", job)
+    site.wait(job, LIMIT, lambda job: job["Restarts"] == "1")
+    assert list(run.glob("checkpoints/step-*"))
+    assert "the run is stopped" in log(site, job)
+    site.wait(job, LIMIT, lambda job: job["JobState"] == "RUNNING")
+    site.call("scancel", job)
+    assert site.wait(job, LIMIT)["JobState"] == "CANCELLED"
+    time.sleep(3)  # time enough for the script to queue it again
+    assert site.job(job)["JobState"] == "CANCELLED"
+
+
 # What a notebook or a task of another job has in its environment.
 OTHERS = (
     *("SLURM_RESTART_COUNT=3", "SLURM_ARRAY_TASK_ID=7", "SLURM_GPUS_ON_NODE=2"),
@@ -212,3 +256,37 @@ def test_submitted_from_elsewhere(site, tmp_path):
     for output, job in jobs.items():
         assert site.wait(f"{job}_1", LIMIT)["ExitCode"] == "2:0"
         assert expected[output.name[:-2]] in output.read_text()
+
+
+@slow
+def test_a_time_limit_shorter_than_the_warning(site, submit, tmp_path):
+    """It is refused in one line with both remedies, and each of them helps."""
+    for limit, warning in ((1, None), (5, "B:USR1@600")):
+        variables = {"SBATCH_SIGNAL": warning} if warning else {}
+        job = submit(tmp_path / "bad", f"--time={limit}", **variables)
+        assert state(site.wait(job, LIMIT)) == ("FAILED", "2:0", "0")
+        (said,) = log(site, job).splitlines()
+        assert f"the time limit of {60 * limit} s is shorter than the warning of" in said
+        assert "a longer --time" in said
+        assert "SBATCH_SIGNAL=B:USR1@30" in said
+    assert not (tmp_path / "bad").exists()
+    later = submit(tmp_path / "later", "--time=1", epochs=0, SBATCH_SIGNAL="B:USR1@30")
+    longer = submit(tmp_path / "longer", "--time=2", "--signal=B:USR1@5", epochs=0)
+    for job in (later, longer):  # what train.py refuses has come further
+        site.wait(job, LIMIT)
+        assert "train.py: error: epochs is 0" in log(site, job)
+
+
+@slow
+def test_two_starts_without_a_step_are_enough(site, submit, tmp_path):
+    """A warning that comes before the first step, twice in a row, will come so again."""
+    job = submit(tmp_path / "run", "--time=10", epochs=500)
+    output = site.top / f"mnist_fast-{job}.log"
+    for start in range(2):
+        line = f"job {job}.{start} on"
+        site.wait(job, LIMIT, lambda _: output.exists() and line in output.read_text())  # noqa: B023
+        site.call("scancel", "--batch", "--signal=USR1", job)
+        if not start:
+            site.wait(job, LIMIT, lambda job: job["Restarts"] == "1")
+    assert state(site.wait(job, LIMIT)) == ("FAILED", "2:0", "1"), log(site, job)
+    assert "warned in two starts before the first step" in log(site, job)
