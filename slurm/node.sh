@@ -12,6 +12,7 @@ trap '' USR1
 terminated=
 trap 'terminated=1; [[ -e $FAILED_FILE ]] || touch "$STOP_FILE"' TERM
 
+links=$RUN_DIR/.data-$SLURM_JOB_ID-$SLURM_NODEID
 for base in "${SLURM_TMPDIR:-}" "${TMPDIR:-}" /tmp; do # another job's may be gone
   [[ ! -d $base || ! -w $base ]] || break
 done
@@ -20,7 +21,7 @@ local=$base/mnist_fast-$SLURM_JOB_ID-$SLURM_NODEID
 # shellcheck disable=SC2317 # called by the trap, on every way out but SIGKILL
 leave() {
   code=$?
-  rm -rf "$local"
+  rm -rf "$links" "$local"
   ((code == 0)) || [[ -e $STOP_FILE || -e $FAILED_FILE ]] || printf '%d\n' "$code" >"$FAILED_FILE"
 }
 trap leave EXIT
@@ -38,11 +39,17 @@ from mnist_fast.errors import run_main
 sys.exit(run_main(lambda: bool(check(sys.argv[1])) - 1, "data"))' "$1"
 }
 
+# The copies lose their names at once and are reached through this shell's open files. So the kernel frees their space
+# when this ends, even by SIGKILL.
 stage() {
-  rm -rf "$local" && mkdir -p "$local" && cp "$DATA_DIR"/{train,test}.beton "$DATA_DIR"/manifest.json "$local" && verified "$local"
+  rm -rf "$local" "$links" && mkdir -p "$local" "$links" &&
+    cp "$DATA_DIR"/{train,test}.beton "$DATA_DIR"/manifest.json "$local" &&
+    exec 8<"$local/train.beton" 9<"$local/test.beton" &&
+    ln -s "/proc/$$/fd/8" "$links/train.beton" && ln -s "/proc/$$/fd/9" "$links/test.beton" &&
+    mv "$local/manifest.json" "$links" && rm -rf "$local" && verified "$links"
 }
 
-data=$local
+data=$links
 if stage || stage; then # a second time: the copy may have met a busy file server
   say "data copied to $local and verified"
 else

@@ -1,7 +1,10 @@
 # ruff: noqa: F811
 """slurm/ on a cluster of another configuration, and submitted in other ways than the plain one."""
 
+import contextlib
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -290,3 +293,30 @@ def test_two_starts_without_a_step_are_enough(site, submit, tmp_path):
             site.wait(job, LIMIT, lambda job: job["Restarts"] == "1")
     assert state(site.wait(job, LIMIT)) == ("FAILED", "2:0", "1"), log(site, job)
     assert "warned in two starts before the first step" in log(site, job)
+
+
+@slow
+@pytest.mark.parametrize("end", ["a lost process", "SIGKILL"])
+def test_the_nodes_copy_of_the_data_goes_away(site, submit, tmp_path, end):
+    """However the job ends: the copies have no names, and the kernel frees them."""
+    scratch, run = tmp_path / "scratch", tmp_path / "run"
+    scratch.mkdir()
+    job = submit(run, "--nodes=2", epochs=500, TMPDIR=str(scratch))
+    wait_for_epochs(site, job, run)
+    assert log(site, job).count(f"data copied to {scratch}/mnist_fast-{job}-") == 2
+    processes = training_processes(run)
+    assert len(processes) == 2
+    if end == "SIGKILL":  # for the scripts and all that they started
+        victims = site.processes(f"SLURM_JOB_ID={job}")
+        assert len(victims) > len(processes)
+    else:
+        victims = processes[1:]
+    for process in victims:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    ended = site.wait(job, LIMIT)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), log(site, job)
+    assert not list(scratch.glob("mnist_fast*"))
+    command = f"ls -l /proc/[0-9]*/fd 2>/dev/null | grep {scratch}/mnist_fast"
+    still_open = subprocess.run(command, shell=True, capture_output=True, timeout=60)
+    assert not still_open.stdout
