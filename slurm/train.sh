@@ -9,7 +9,7 @@
 #
 # From the environment: PYTHON (default .venv/bin/python), PROCESSES_PER_NODE (default: one per GPU, or one),
 # MAX_REQUEUES (default 10), SRUN_OPTIONS (further words for srun). slurm/site.sh is read first if there is one: see
-# slurm/README.md.
+# docs/clusters.md.
 #SBATCH --job-name=mnist_fast
 #SBATCH --ntasks-per-node=1
 #SBATCH --time=01:00:00
