@@ -10,7 +10,7 @@ from helpers import ROOT
 # beside them, imports nothing of ours but the lowest layer.
 LAYERS = [
     {"errors", "files", "imports", "preflight", "timing"},
-    {"config", "provenance", "signals"},
+    {"config", "launch_environment", "provenance", "signals"},
     {"augment", "beton", "cli", "model", "optim", "records", "run_folder", "schedule"},
     {"checkpoint", "data", "profiling", "progress", "kernels.abi", "kernels.build"}
     | {"kernels.cpu", "kernels.hopper", "runtime", "evaluate"},

@@ -1,0 +1,51 @@
+"""The variables by which launchers tell a process its place among others."""
+
+from collections.abc import Mapping
+
+from mnist_fast.errors import InputError
+
+# Each with its least value. On CPUs Accelerate reads those of MPI where torch's are missing.
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+LEAST = {
+    **dict.fromkeys(SIZES, 1),
+    **dict.fromkeys(("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS"), 1),
+    **dict.fromkeys(("OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"), 1),
+    **dict.fromkeys(("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"), 0),
+    **dict.fromkeys(("LOCAL_RANK", "MPI_LOCALRANKID"), 0),
+    **dict.fromkeys(("OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"), 0),
+}
+
+
+def check_launch_environment(environment: Mapping[str, str], gpu: bool) -> None:
+    """Refuses variables that Accelerate would misread as a place among several processes.
+
+    Complete sets, as torchrun and `accelerate launch` make them, pass, and so does none at all.
+    What another launcher or an MPI job has left is named together with the way out.
+
+    Args:
+        environment: variables and values.
+        gpu: whether there is a GPU; Accelerate then looks at torch's variables alone.
+
+    Raises:
+        InputError: a value is no number, or variables are missing beside those that are set.
+    """
+    found = {name: environment[name] for name in LEAST if name in environment}
+    told = ", ".join(f"{name}={value}" for name, value in found.items())
+    remedy = (
+        f"to train in one process, unset {' '.join(found)}; "
+        "for several, start with accelerate launch, torchrun or slurm/train.sh"
+    )
+    for name, value in found.items():
+        if not (value.isdecimal() and int(value) >= LEAST[name]):
+            fault = f"{name} has to be a whole number from {LEAST[name]} on"
+            raise InputError(f"environment: {told}: {fault}; {remedy}")
+    needed = ["MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"] if gpu else ["MASTER_ADDR"]
+    missing = [name for name in needed if not environment.get(name)]
+    if missing and takes_several(found, gpu):
+        raise InputError(f"environment: {told} without {', '.join(missing)}: {remedy}")
+
+
+def takes_several(found: Mapping[str, str], gpu: bool) -> bool:
+    """Whether Accelerate would join a group of processes (its `PartialState._prepare_backend`)."""
+    sizes = () if gpu else SIZES
+    return "LOCAL_RANK" in found or any(int(found.get(name, "1")) > 1 for name in sizes)

@@ -1,0 +1,59 @@
+"""What other launchers leave in the environment."""
+
+import pytest
+
+from mnist_fast.errors import InputError
+from mnist_fast.launch_environment import check_launch_environment
+
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        TORCHRUN,
+        TORCHRUN | {"PMI_SIZE": "4", "PMI_RANK": "3"},  # torchrun inside an MPI job
+        {"PMI_SIZE": "1", "PMI_RANK": "0"},  # a single task of Slurm with pmi2
+        {"WORLD_SIZE": "1", "RANK": "0"},
+    ],
+)
+def test_complete_environments_pass(environment, gpu):
+    check_launch_environment(environment, gpu)
+
+
+@pytest.mark.parametrize(
+    "environment, gpu, told",
+    [
+        ({"PMI_SIZE": "4", "PMI_RANK": "2"}, False, "PMI_SIZE=4, PMI_RANK=2 without MASTER_ADDR"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, False, "OMPI_COMM_WORLD_SIZE=2 without MASTER_ADDR"),
+        ({"MV2_COMM_WORLD_SIZE": "2"}, False, "MV2_COMM_WORLD_SIZE=2 without MASTER_ADDR"),
+        ({"LOCAL_RANK": "0"}, False, "LOCAL_RANK=0 without MASTER_ADDR"),
+        ({"LOCAL_RANK": "0"}, True, "LOCAL_RANK=0 without MASTER_ADDR, MASTER_PORT, RANK, WORLD"),
+        ({"LOCAL_RANK": "0", "MASTER_ADDR": "a", "RANK": "0"}, True, "without MASTER_PORT"),
+        ({"WORLD_SIZE": "2"}, False, "WORLD_SIZE=2 without MASTER_ADDR"),
+        (TORCHRUN | {"RANK": "x"}, False, "RANK has to be a whole number from 0 on"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "0"}, True, "LOCAL_WORLD_SIZE has to be a whole number"),
+        ({"PMI_SIZE": ""}, False, "PMI_SIZE has to be a whole number from 1 on"),
+    ],
+)
+def test_others_are_named_with_the_way_out(environment, gpu, told):
+    with pytest.raises(InputError) as caught:
+        check_launch_environment(environment, gpu)
+    message = str(caught.value)
+    assert told in message
+    places = [name for name in environment if not name.startswith("MASTER")]
+    assert all(name in message.split("unset ")[1].split(";")[0].split() for name in places)
+    assert "start with accelerate launch, torchrun or slurm/train.sh" in message
+
+
+def test_mpi_on_gpus_is_not_read_by_accelerate():
+    check_launch_environment({"PMI_SIZE": "4", "PMI_RANK": "2"}, gpu=True)
