@@ -1,5 +1,6 @@
 """What other launchers leave in the environment."""
 
+import helpers
 import pytest
 
 from mnist_fast.errors import InputError
@@ -57,3 +58,14 @@ def test_others_are_named_with_the_way_out(environment, gpu, told):
 
 def test_mpi_on_gpus_is_not_read_by_accelerate():
     check_launch_environment({"PMI_SIZE": "4", "PMI_RANK": "2"}, gpu=True)
+
+
+@pytest.mark.parametrize("environment", [{"PMI_SIZE": "2"}, {"LOCAL_RANK": "0"}])
+def test_a_run_says_so_in_one_line(tmp_path, small_betons, environment):
+    where = ("--data_dir", small_betons, "--run_dir", tmp_path / "run")
+    done = helpers.train_script(*helpers.QUICK, *where, cwd=tmp_path, environment=environment)
+    assert done.returncode == 2
+    (line,) = helpers.error_lines(done.stderr)
+    (name,) = environment
+    assert f"{name}={environment[name]} without MASTER_ADDR: " in line
+    assert not (tmp_path / "run").exists()
