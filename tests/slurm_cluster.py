@@ -272,15 +272,20 @@ def site(tmp_path_factory):
 OPTIONS = (*helpers.QUICK, "--recipe", "notebook", "--ema_decay", "0.98", "--threads", "1")
 
 
+EPOCHS = 12  # so that a request to stop comes before the end on fast machines too
+
+
 @pytest.fixture(scope="session")
 def reference(small_betons, tmp_path_factory):
-    """A run of eight epochs and two processes that nothing disturbs."""
+    """A run of two processes that nothing disturbs."""
     folder = tmp_path_factory.getbasetemp() / "reference" / "run"
     if (folder / "summary.json").exists():  # another file of tests has asked for it
         return folder
     folder.parent.mkdir()
     where = ("--data_dir", small_betons, "--run_dir", folder)
-    done = helpers.torchrun(2, helpers.TRAIN, *OPTIONS, *where, "--epochs", "8", cwd=folder.parent)
+    done = helpers.torchrun(
+        2, helpers.TRAIN, *OPTIONS, *where, "--epochs", str(EPOCHS), cwd=folder.parent
+    )
     assert done.returncode == 0, done.stderr
     return folder
 

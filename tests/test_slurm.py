@@ -7,7 +7,7 @@ import subprocess
 
 import helpers
 import pytest
-from slurm_cluster import OPTIONS, cluster, reference, same_weights  # noqa: F401
+from slurm_cluster import EPOCHS, OPTIONS, cluster, reference, same_weights  # noqa: F401
 
 SCRIPTS = ("train.sh", "seeds.sh", "sweep.sh")
 LIMIT = 600  # seconds for one job
@@ -71,7 +71,16 @@ def test_a_stopped_job_is_queued_again_and_ends_with_the_same_weights(
     run = tmp_path / "run"
     job = cluster.submit(
         *(f"--nodes={nodes}", f"--cpus-per-task={processes}", "slurm/train.sh", *OPTIONS),
-        *("--data_dir", small_betons, "--run_dir", run, "--epochs", "8", "--wandb", "offline"),
+        *(
+            "--data_dir",
+            small_betons,
+            "--run_dir",
+            run,
+            "--epochs",
+            str(EPOCHS),
+            "--wandb",
+            "offline",
+        ),
         environment={"PROCESSES_PER_NODE": str(processes)},
     )
     metrics = run / "metrics.jsonl"
@@ -80,11 +89,11 @@ def test_a_stopped_job_is_queued_again_and_ends_with_the_same_weights(
     )
     cluster.call("scancel", "--batch", f"--signal={signal}", job)
     cluster.wait(job, LIMIT, lambda job: job["Restarts"] == "1")
-    assert len(helpers.read_records(run)) < 8, "it was over before it was stopped"
+    assert len(helpers.read_records(run)) < EPOCHS, "it was over before it was stopped"
     assert status(run) == "stopped"
     ended = cluster.wait(job, LIMIT)
     assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), cluster.logs()
-    assert [record["epoch"] for record in helpers.read_records(run)] == list(range(1, 9))
+    assert [record["epoch"] for record in helpers.read_records(run)] == list(range(1, EPOCHS + 1))
     assert helpers.read_summary(run)["world_size"] == 2
     assert same_weights(run, reference)
     log = cluster.top / f"mnist_fast-{job}.log"
@@ -214,7 +223,7 @@ def test_an_array_of_seeds(cluster, small_betons):
 def test_two_jobs_with_one_run_folder(cluster, reference, small_betons, tmp_path):
     run = tmp_path / "run"
     command = ("--cpus-per-task=2", "slurm/train.sh", *OPTIONS)
-    where = ("--data_dir", small_betons, "--run_dir", run, "--epochs", "8")
+    where = ("--data_dir", small_betons, "--run_dir", run, "--epochs", str(EPOCHS))
     two = {"PROCESSES_PER_NODE": "2"}
     jobs = [cluster.submit(*command, *where, environment=two) for _ in range(2)]
     ended = [cluster.wait(job, LIMIT)["JobState"] for job in jobs]

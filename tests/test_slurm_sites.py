@@ -11,7 +11,7 @@ from pathlib import Path
 
 import helpers
 import pytest
-from slurm_cluster import OPTIONS, reference, same_weights, site  # noqa: F401
+from slurm_cluster import EPOCHS, OPTIONS, reference, same_weights, site  # noqa: F401
 
 sys.path.insert(0, str(helpers.ROOT / "slurm"))
 import cpus
@@ -180,14 +180,14 @@ def test_the_exit_status_of_the_node_that_refuses_is_the_jobs(site, submit, tmp_
 def test_a_preempted_job_is_queued_again(site, submit, reference, tmp_path):
     """Slurm sends SIGTERM to all processes of the step, and not to the script."""
     run = tmp_path / "run"
-    job = submit(run, "--nodes=2", "--exclusive", epochs=8, PROCESSES_PER_NODE="1")
+    job = submit(run, "--nodes=2", "--exclusive", epochs=EPOCHS, PROCESSES_PER_NODE="1")
     wait_for_epochs(site, job, run, 2)
     urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--wrap=sleep 3")
     site.submit(*urgent, "--output=/dev/null")
     site.wait(job, LIMIT, lambda job: job["Restarts"] == "1")
-    assert len(helpers.read_records(run)) < 8, "it was over before it was stopped"
+    assert len(helpers.read_records(run)) < EPOCHS, "it was over before it was stopped"
     assert state(site.wait(job, LIMIT)) == ("COMPLETED", "0:0", "1"), log(site, job)
-    assert [record["epoch"] for record in helpers.read_records(run)] == list(range(1, 9))
+    assert [record["epoch"] for record in helpers.read_records(run)] == list(range(1, EPOCHS + 1))
     assert same_weights(run, reference)
     assert not list(run.glob(".[sfd]*-*")), "files of the scripts are left"
 
