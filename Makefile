@@ -12,7 +12,7 @@ PYTHON := .venv/bin/python
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist worksteal
 # pytest-timeout bounds each test, this the whole. In a terminal the tests stay in the foreground, for Ctrl-C.
 LIMIT = timeout --signal=INT --kill-after=60 $(if $(CI),,--foreground)
-TYPED := train.py mnist_fast data_prep benchmarks examples
+TYPED := train.py mnist_fast data_prep benchmarks examples slurm/cpus.py
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

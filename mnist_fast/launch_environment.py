@@ -1,4 +1,4 @@
-"""The variables by which launchers tell a process its place among others."""
+"""The variables by which launchers tell a process its place among others, and what to use."""
 
 from collections.abc import Mapping
 
@@ -14,6 +14,41 @@ LEAST = {
     **dict.fromkeys(("LOCAL_RANK", "MPI_LOCALRANKID"), 0),
     **dict.fromkeys(("OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK"), 0),
 }
+
+# What `accelerate config` of another project may have chosen, by the variable that says so
+UNSUPPORTED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
+}
+FALSE = ("", "0", "false", "no", "off", "f", "n")
+
+
+def check_accelerate(environment: Mapping[str, str]) -> None:
+    """Refuses what `accelerate launch` was told to use and this suite does not support.
+
+    Most often a configuration file of another project says so, which `accelerate launch` reads
+    unless it is given another.
+
+    Raises:
+        InputError: something is chosen that would change the training, or be left out in silence.
+    """
+    found = {k: v for k, v in UNSUPPORTED.items() if environment.get(k, "").lower() not in FALSE}
+    told = [f"{name} ({variable}={environment[variable]})" for variable, name in found.items()]
+    dynamo = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if dynamo.lower() not in FALSE:
+        told.append(f"the dynamo backend {dynamo} (here: --step compiled)")
+    steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("", "1"):
+        told.append(f"gradient accumulation over {steps} steps (here: a larger --batch_size)")
+    if told:
+        remedy = "start with accelerate launch --config_file accelerate_config.yaml"
+        raise InputError(
+            f"accelerate launch asks for {' and '.join(told)}, which is not supported: {remedy}, "
+            "or change what accelerate config wrote"
+        )
 
 
 def check_launch_environment(environment: Mapping[str, str], gpu: bool) -> None:

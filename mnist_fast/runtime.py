@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mnist_fast.augment import derive_key
 from mnist_fast.config import Config
 from mnist_fast.errors import InputError, RunError, one_line
-from mnist_fast.launch_environment import check_launch_environment
+from mnist_fast.launch_environment import check_accelerate, check_launch_environment
 from mnist_fast.provenance import device_name
 
 T = TypeVar("T")
@@ -42,6 +42,7 @@ class Runtime:
     def __init__(self, config: Config):
         # `accelerate launch` says False where nobody asked for the CPU
         self._cpu = _asks_for_cpu() or not torch.cuda.is_available()
+        check_accelerate(os.environ)
         check_launch_environment(os.environ, not self._cpu)
         timeout = datetime.timedelta(seconds=config.process_timeout)
         try:

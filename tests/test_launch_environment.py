@@ -4,7 +4,7 @@ import helpers
 import pytest
 
 from mnist_fast.errors import InputError
-from mnist_fast.launch_environment import check_launch_environment
+from mnist_fast.launch_environment import check_accelerate, check_launch_environment
 
 TORCHRUN = {
     "RANK": "1",
@@ -69,3 +69,45 @@ def test_a_run_says_so_in_one_line(tmp_path, small_betons, environment):
     (name,) = environment
     assert f"{name}={environment[name]} without MASTER_ADDR: " in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "1"}, "Megatron-LM"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo backend INDUCTOR"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "over 4 steps"),
+    ],
+)
+def test_what_another_projects_configuration_chose_is_refused(given, named):
+    with pytest.raises(InputError, match=named):
+        check_accelerate(given)
+
+
+def test_what_accelerate_says_by_itself_passes():
+    usual = {"ACCELERATE_USE_CPU": "False", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+    check_accelerate(usual | {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_FSDP": "false"})
+
+
+@pytest.mark.timeout(120)
+def test_a_leftover_configuration_is_one_line(tmp_path, small_betons):
+    """By the real launcher, which reads the user's file where no other is named."""
+    leftover = tmp_path / "huggingface" / "accelerate" / "default_config.yaml"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 1\n"
+        "num_machines: 1\nmachine_rank: 0\nmixed_precision: 'no'\nuse_cpu: true\n"
+        "dynamo_config:\n  dynamo_backend: INDUCTOR\n"
+    )
+    done = helpers.accelerate_launch(
+        *(helpers.TRAIN, *helpers.QUICK, "--data_dir", small_betons),
+        cwd=tmp_path,
+        timeout=110,
+        environment={"HF_HOME": str(tmp_path / "huggingface")},
+    )
+    assert done.returncode
+    (line,) = helpers.error_lines(done.stderr)
+    assert "dynamo backend" in line
+    assert "--config_file accelerate_config.yaml" in line

@@ -42,6 +42,8 @@ class Plan:
     def describe(self) -> str:
         """Mode, precision, reasons and notes as one line."""
         line = f"step: {self.mode.name} in {PRECISIONS[self.job.precision]}"
+        if (processes := self.job.sharding.world_size) > 1:
+            line += f" on {processes} processes"
         reasons: dict[str, list[str]] = {}
         for name, reason in self.passed_over.items():
             reasons.setdefault(reason, []).append(name)
@@ -157,7 +159,8 @@ def _agree_on_precision(
     on_gpu, from_launcher = runtime.device.type == "cuda", config.precision == "auto"
     if wanted == "bf16" and on_gpu and from_launcher and not have_bf16:
         return None, "no", ("The launcher asked for bf16, which not every GPU here supports",)
-    return wanted, "bf16" if have_bf16 else "no", ()
+    notes = (f"{wanted} is what the launcher asked for",) if wanted and from_launcher else ()
+    return wanted, "bf16" if have_bf16 else "no", notes
 
 
 def _launchers_precision() -> str | None:
