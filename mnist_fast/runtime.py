@@ -197,9 +197,9 @@ class Runtime:
         self.accelerator.init_trackers(project, init_kwargs={"wandb": settings})
         return self.accelerator.get_tracker("wandb", unwrap=True)
 
-    def log(self, values: dict[str, Any]) -> None:
-        """Hands values to the tracker."""
-        self.accelerator.log(values)
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        """Hands a line of history to the tracker; `step` is its number, the next one if None."""
+        self.accelerator.log(values, step=step, log_kwargs={"wandb": {"commit": True}})
 
     def scaler_state(self) -> dict[str, Any]:
         """The state of fp16's loss scaling; empty in other precisions."""
