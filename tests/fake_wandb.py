@@ -1,21 +1,16 @@
-"""As much of a W&B server as a client needs to be online; it can go away, or fall silent."""
+"""As much of a W&B server as its client needs: it keeps the runs that it is sent.
+
+It can refuse keys, answer late, go away, or fall silent. What it knows of W&B's protocol was read
+off the client: GraphQL for runs and artifacts, and the file stream, which sends lines of history
+with the number of the first one.
+"""
 
 import http.server
 import json
 import threading
+import time
 
-BUCKET = {
-    "id": "QQ==",
-    "name": "run",
-    "displayName": "run",
-    "description": "",
-    "config": "{}",
-    "summaryMetrics": "{}",
-    "historyTail": "[]",
-    "eventsTail": "[]",
-    "historyLineCount": 0,
-    "project": {"id": "UA==", "name": "project", "entity": {"id": "RQ==", "name": "entity"}},
-}
+PROJECT = {"id": "UA==", "name": "project", "entity": {"id": "RQ==", "name": "entity"}}
 VIEWER = {"id": "Vg==", "entity": "entity", "username": "user", "flags": "{}"}
 ARTIFACT = {  # as if it were there already: nothing is uploaded
     "__typename": "Artifact",
@@ -40,31 +35,105 @@ ARTIFACT = {  # as if it were there already: nothing is uploaded
         "__typename": "ArtifactSequence",
         "id": "U2Vx",
         "name": "data",
-        "project": BUCKET["project"] | {"internalId": "UA=="},
+        "project": PROJECT | {"internalId": "UA=="},
         "latestArtifact": {"id": "QXJ0", "versionIndex": 0},
     },
 }
 ANSWERS = {
-    "mutation UpsertBucket ": {"upsertBucket": {"bucket": BUCKET, "inserted": True}},
     "query Viewer ": {"viewer": VIEWER},
-    "query RunResumeStatus ": {"model": BUCKET["project"] | {"bucket": None}},  # a new run
     "mutation CreateArtifact ": {"createArtifact": {"artifact": ARTIFACT}},
     "mutation UseArtifact ": {"useArtifact": {"artifact": ARTIFACT}},
     "query ArtifactByID ": {"artifact": ARTIFACT},
 }
 
 
+class Run:
+    """What the server holds of a run.
+
+    Attributes:
+        lines: of its history, by number.
+        repeated: numbers of lines that were sent more than once.
+        config, summary: as sent last.
+        exit_code: None while it is not over.
+    """
+
+    def __init__(self, name):
+        self.name, self.lines, self.repeated = name, {}, []
+        self.config, self.summary, self.exit_code = {}, {}, None
+
+    @property
+    def history(self):
+        """The lines in order, without W&B's own keys but `_step`."""
+        lines = [self.lines[number] for number in sorted(self.lines)]
+        return [{k: v for k, v in x.items() if k[0] != "_" or k == "_step"} for x in lines]
+
+    @property
+    def epochs(self):
+        """The epochs whose metrics are there, in order."""
+        return [line["epoch"] for line in self.history if "train_loss" in line]
+
+    def update(self, variables):
+        """Takes what a client says of the run."""
+        self.config |= json.loads(variables.get("config") or "{}")
+        self.summary |= json.loads(variables.get("summaryMetrics") or "{}")
+
+    def stream(self, request):
+        """Takes a piece of its file stream."""
+        files = request.get("files") or {}
+        history = files.get("wandb-history.jsonl", {"offset": 0, "content": []})
+        for number, line in enumerate(history["content"], start=history["offset"]):
+            if number in self.lines:
+                self.repeated.append(number)
+            self.lines[number] = json.loads(line)
+        for line in files.get("wandb-summary.json", {}).get("content", []):
+            self.summary |= json.loads(line)
+        if request.get("complete"):
+            self.exit_code = request.get("exitcode")
+
+    def bucket(self):
+        """The run in GraphQL's words."""
+        last = [json.dumps(self.lines[max(self.lines)])] if self.lines else []
+        return {
+            "id": "QQ==",
+            "name": self.name,
+            "displayName": self.name,
+            "description": "",
+            "config": json.dumps(self.config),
+            "wandbConfig": json.dumps({"t": 1}) if self.config else None,
+            "summaryMetrics": json.dumps(self.summary),
+            "historyTail": json.dumps(last),
+            "eventsTail": "[]",
+            "historyLineCount": len(self.lines),
+            "eventsLineCount": 0,
+            "logLineCount": 0,
+            "tags": [],
+            "notes": None,
+            "project": PROJECT,
+        }
+
+
 class Server:
     """Listens on `url` within a `with` block.
 
+    Args:
+        delay: seconds after which the first request is answered; later ones are at once.
+        refuses: whether no key is good.
+
     Attributes:
         asked: a line for each request that it answered.
+        runs: a `Run` by its id.
     """
 
-    def __init__(self):
-        self.asked, self._silent, self._over = [], threading.Event(), threading.Event()
+    def __init__(self, delay=0.0, refuses=False):
+        self.asked, self.runs, self.refuses = [], {}, refuses
+        self._silent, self._over, self._lock = (
+            threading.Event(),
+            threading.Event(),
+            threading.Lock(),
+        )
+        self._open_at, self._delay = None, delay
         handler = type("Handler", (_Handler,), {"server_state": self})
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = _HTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -88,17 +157,42 @@ class Server:
 
     def answer(self, path, request):
         """What the server says; None: nothing."""
+        self._wait_until_open()
         if self._silent.is_set():
             self._over.wait()
             return None
-        query = request.get("query", "").strip()
-        self.asked.append(query or path)
-        if "file_stream" in path:
-            return {}
+        query, variables = request.get("query", "").strip(), request.get("variables") or {}
+        with self._lock:
+            self.asked.append(query or path)
+            if "file_stream" in path:
+                self._run(path.split("/")[-2]).stream(request)
+                return {}
+            if query.startswith("mutation UpsertBucket "):
+                known = variables["name"] in self.runs
+                run = self._run(variables["name"])
+                run.update(variables)
+                return {"data": {"upsertBucket": {"bucket": run.bucket(), "inserted": not known}}}
+            if query.startswith("query RunResumeStatus "):
+                run = self.runs.get(variables["name"])
+                return {"data": {"model": PROJECT | {"bucket": run and run.bucket()}}}
         for name, data in ANSWERS.items():
             if query.startswith(name):
                 return {"data": data}
         return {"data": None, "errors": [{"message": "this is not a whole server"}]}
+
+    def _run(self, name):
+        return self.runs.setdefault(name, Run(name))
+
+    def _wait_until_open(self):
+        with self._lock:
+            if self._open_at is None:
+                self._open_at = time.monotonic() + self._delay
+        self._over.wait(max(0.0, self._open_at - time.monotonic()))
+
+
+class _HTTPServer(http.server.ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """Says nothing of clients that were killed."""
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -111,12 +205,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             request = json.loads(body)
         except ValueError:
             request = {}
-        answer = self.server_state.answer(self.path, request)
+        refused = self.server_state.refuses
+        answer = (
+            {"error": "invalid key"} if refused else self.server_state.answer(self.path, request)
+        )
         if answer is None:
             self.close_connection = True
             return
         content = json.dumps(answer).encode()
-        self.send_response(200)
+        self.send_response(401 if refused else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
