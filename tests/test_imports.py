@@ -17,6 +17,7 @@ LAYERS = [
     {"datasets", "steps.base"},
     {"steps.eager", "steps.compiled", "steps.captured", "steps.native", "steps.fused"},
     {"steps"},
+    {"wandb_files", "wandb_panels", "wandb_run", "wandb_wishes"},
     {"figures", "report", "resume", "tracking"},
     {"loop", "predict"},
     {"train", "export"},
@@ -30,6 +31,7 @@ SIDEWAYS = {
     "progress": {"data"},
     "report": {"figures"},
     "steps.captured": {"steps.compiled"},
+    "wandb_run": {"wandb_files", "wandb_panels", "wandb_wishes"},
 }
 DATA_PREP_FOR = {"datasets", "export", "loop"}  # who may ask for the betons
 DATA_PREP = {"data_prep.betons", "data_prep.manifest"}

@@ -11,9 +11,10 @@ from helpers import QUICK, read_records, read_summary, single_process
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb_file import BLOCK, Damaged
 
-from mnist_fast import tracking
+from mnist_fast import wandb_run
 from mnist_fast.cli import load
 from mnist_fast.loop import train
+from mnist_fast.wandb_panels import SUMMARISED
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_the_wandb_file_holds_the_summary(records, launched):
     for record in records:
         if record.HasField("summary"):
             found |= wandb_file.plain(record.summary.update)
-    epochs, over_epochs = read_records(launched), tracking.SUMMARISED
+    epochs, over_epochs = read_records(launched), SUMMARISED
     for key, value in read_summary(launched).items():
         if not isinstance(value, dict):
             assert found[f"final/{key}" if key in over_epochs else key] == value, key
@@ -128,7 +129,8 @@ def test_a_wandb_that_cannot_start_is_done_without(
     def fail(*_):
         raise RuntimeError("no room for W&B\nwith details")
 
-    monkeypatch.setattr(tracking.Tracker, "_init", fail)
+    monkeypatch.setattr(wandb_run.WandbRun, "_init", fail)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     summary = run(small_betons, tmp_path, "--wandb", "online")
     said = capsys.readouterr().out
     assert "W&B online failed: no room for W&B with details\n" in said
