@@ -74,14 +74,14 @@ def tidy_parts(folder: Path, run_id: str, parse: Callable[[bytes], Any]) -> list
     """
     kept = []
     for file in _files(folder, run_id):
-        part, end = _read(file, parse)
-        if not part.steps and not part.uploaded:
-            shutil.rmtree(part.folder, ignore_errors=True)
-            continue
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # what cannot be read is left alone
+            part, end = _read(file, parse)
+            if not part.steps and not part.uploaded:
+                shutil.rmtree(part.folder, ignore_errors=True)
+                continue
+            kept.append(part)
             if end < file.stat().st_size:
                 os.truncate(file, end)
-        kept.append(part)
     return kept
 
 
@@ -111,12 +111,11 @@ def _marker(file: Path) -> Path:
 def _read(file: Path, parse: Callable[[bytes], Any]) -> tuple[Part, int]:
     """A part, and the position behind its last whole record."""
     part, end = Part(file, set(), complete=False), HEADER_SIZE
-    with contextlib.suppress(OSError):
-        for data, position in whole_records(file.read_bytes()):
-            end, record = position, parse(data)
-            if record.HasField("history"):
-                part.steps.add(record.history.step.num)
-            part.complete |= record.HasField("exit")
+    for data, position in whole_records(file.read_bytes()):
+        end, record = position, parse(data)
+        if record.HasField("history"):
+            part.steps.add(record.history.step.num)
+        part.complete |= record.HasField("exit")
     return part, end
 
 

@@ -11,7 +11,7 @@ from helpers import QUICK, read_records, read_summary, single_process
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb_file import BLOCK, Damaged
 
-from mnist_fast import wandb_run
+from mnist_fast import wandb_files, wandb_run
 from mnist_fast.cli import load
 from mnist_fast.loop import train
 from mnist_fast.wandb_panels import SUMMARISED
@@ -192,3 +192,31 @@ def test_the_reader_notices_a_missing_end(many):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(Damaged):
         list(wandb_file.read_records(path))
+
+
+# The reader that a run itself uses
+
+
+def test_it_yields_what_the_other_reader_does(many):
+    path, records = many
+    found = [Record.FromString(data) for data, _ in wandb_files.whole_records(path.read_bytes())]
+    assert found == records
+
+
+@pytest.mark.parametrize("size", [0, 7, 20, BLOCK - 1, BLOCK, BLOCK + 3, 5 * BLOCK - 1])
+def test_it_ends_before_a_record_that_is_cut_off(many, size):
+    path, records = many
+    content = path.read_bytes()[:size]
+    found = list(wandb_files.whole_records(content))
+    assert [Record.FromString(data) for data, _ in found] == records[: len(found)]
+    end = found[-1][1] if found else wandb_files.HEADER_SIZE
+    path.write_bytes(content[:end].ljust(wandb_files.HEADER_SIZE, b"\0"))
+    if size >= wandb_files.HEADER_SIZE:
+        assert list(wandb_file.read_records(path)) == records[: len(found)]
+
+
+def test_a_damaged_record_ends_it(many):
+    path, records = many
+    content = bytearray(path.read_bytes())
+    content[10_000] ^= 1
+    assert 0 < len(list(wandb_files.whole_records(bytes(content)))) < len(records)
