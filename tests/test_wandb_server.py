@@ -143,6 +143,33 @@ def test_a_killed_run_sends_every_epoch_once(mode, after, width, tmp_path):
         assert list(server.runs) == [digest]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["offline", "online"])
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_training_killed_as_an_epoch_ends_sends_every_epoch_once(
+    mode, after, small_betons, tmp_path
+):
+    """Killed about when its checkpoint is written: it goes on after that epoch or before it."""
+    with Server() as server:
+        environment = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+        options = ("--dataset", "digits", "--step", "eager", "--precision", "no", "--wandb", mode)
+        options += ("--data_dir", small_betons, "--run_dir", tmp_path / "run", "--epochs", EPOCHS)
+        with faults.started(tmp_path, *options, environment=environment) as process:
+            process.wait_for_line(f"epoch  {after}/")
+            process.signal(signal.SIGKILL)
+            process.wait()
+        with faults.started(tmp_path, *options, environment=environment) as process:
+            assert process.wait() == 0, process.said()
+            if mode == "offline":
+                sync(process.said(), server)
+        (run,) = server.runs.values()
+        assert run.epochs == [1, 2, 3, 4]
+        assert not run.repeated
+        accuracies = [line["test_accuracy"] for line in run.history if "train_loss" in line]
+        records = helpers.read_records(tmp_path / "run")
+        assert accuracies == [record["test_accuracy"] for record in records]
+
+
 def test_a_run_that_goes_from_offline_to_online_sends_every_epoch_once(tmp_path):
     """The first part, which is whole, is then no longer asked for."""
     with Server() as server:
