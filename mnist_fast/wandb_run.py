@@ -241,12 +241,13 @@ class WandbRun:
 
     def _finish(self, exit_code: int, summary: dict[str, Any]) -> None:
         self._finishing = True
-        if self._run is None:
-            return
-        with contextlib.suppress(Exception):  # TimeoutError: the server does not take the rest
-            self._run.summary.update(summary)
-            self._run.finish(exit_code=exit_code)
-            self._uploaded = not self._run.offline
+        if self._run is not None:
+            with contextlib.suppress(Exception):  # TimeoutError: the server does not take the rest
+                self._run.summary.update(summary)
+                self._run.finish(exit_code=exit_code)
+                self._uploaded = not self._run.offline
+        if self._module is not None:  # its service writes the last; the next run reads wishes anew
+            _bounded(self._module.teardown, TEARDOWN_TIMEOUT)
 
     # The end
 
