@@ -163,11 +163,12 @@ class Run:
             figures.draw_results(self.folder, self.progress.records, outcome)
         self.parts.end("figures")
         self.tracker.log_weights(weights, summary)
+        self.say(report.describe_run(self.folder, summary, self.progress.records))
         self.tracker.finish(summary)
         self.parts.end("closing")
         summary["seconds"] = self.parts.seconds()
         self.tracker.write_summary(summary)
-        self.say(report.describe_run(self.folder, summary, self.progress.records))
+        self.say(f"time: {timing.describe(summary['seconds'])}")
         return summary
 
     # The epoch

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mnist_fast import figures, timing
+from mnist_fast import figures
 from mnist_fast.cli import read_recipe, read_yaml, recipe_names
 from mnist_fast.config import TARGET_ACCURACY, Config, what_is_trained
 from mnist_fast.errors import InputError, Parser, one_line, run_main, some_path
@@ -62,8 +62,7 @@ def describe_run(folder: Path, summary: dict[str, Any], records: Records) -> str
         f"finished: {accuracy:.2f} % {held_out} accuracy; weights.safetensors, summary.json, "
         f"metrics.jsonl and figures/ lie in {folder}"
     )
-    where = [f"  {'where the time went':<20}{timing.describe(summary['seconds'])}"]
-    return "\n".join([head, *lines, *(where if "seconds" in summary else []), end])
+    return "\n".join([head, *lines, end])
 
 
 def _verdict(dataset: str, accuracy: float) -> str:

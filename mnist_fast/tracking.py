@@ -15,6 +15,7 @@ from mnist_fast.cli import dump
 from mnist_fast.config import TARGET_ACCURACY, Config
 from mnist_fast.evaluate import Outcome
 from mnist_fast.files import write_atomically
+from mnist_fast.records import split_of
 from mnist_fast.runtime import Runtime
 from mnist_fast.wandb_panels import show_inputs, show_outcome, summarise
 from mnist_fast.wandb_run import Show, WandbRun
@@ -31,7 +32,7 @@ class Tracker:
     def __init__(self, config: Config, runtime: Runtime, folder: Path):
         self.config, self.runtime, self.folder = config, runtime, folder
         self.active = runtime.is_main
-        self.held_out = "validation" if config.validation_split else "test"
+        self.held_out = split_of(config)
         self.wandb_id: str | None = None
         self._passed = False
         self._records: list[dict[str, Any]] = []

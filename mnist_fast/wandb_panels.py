@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mnist_fast.evaluate import Outcome
-from mnist_fast.model import Layer
+from mnist_fast.model import LayerRow
 
 DIGITS = list("0123456789")
 SLURM = (
@@ -22,7 +22,7 @@ SUMMARISED = (
 )
 
 
-def show_inputs(wandb: Any, samples: Any, layers: Sequence[Layer]) -> dict[str, Any]:
+def show_inputs(wandb: Any, samples: Any, layers: Sequence[LayerRow]) -> dict[str, Any]:
     """Training images as the network sees them, and the network's layers.
 
     Args:
@@ -96,7 +96,7 @@ def slurm_facts() -> dict[str, str]:
     return {name.lower(): os.environ[name] for name in SLURM if name in os.environ}
 
 
-def _cells(layer: Layer) -> list[Any]:
+def _cells(layer: LayerRow) -> list[Any]:
     output = "x".join(map(str, layer.output_shape))
     sides = [layer.name, layer.kernel, layer.stride, layer.padding, output]
     return [*sides, layer.receptive_field, layer.jump, layer.parameters]

@@ -5,7 +5,8 @@ import json
 import torch
 from PIL import Image
 
-from mnist_fast.config import Config, dump, read_recipe
+from mnist_fast.cli import dump, read_recipe
+from mnist_fast.config import Config
 from mnist_fast.evaluate import Outcome
 
 

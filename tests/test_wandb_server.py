@@ -15,7 +15,7 @@ import wandb_file
 from fake_wandb import Server
 
 from mnist_fast import wandb_run, wandb_wishes
-from mnist_fast.config import load
+from mnist_fast.cli import load
 from mnist_fast.runtime import Runtime
 from mnist_fast.tracking import Tracker
 
