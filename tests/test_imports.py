@@ -11,8 +11,9 @@ from helpers import ROOT
 LAYERS = [
     {"errors", "files", "imports", "preflight", "timing"},
     {"config", "launch_environment", "provenance", "signals"},
-    {"augment", "beton", "cli", "model", "optim", "records", "run_folder", "schedule"},
-    {"checkpoint", "data", "profiling", "progress", "kernels.abi", "kernels.build"}
+    {"augment", "beton", "cli", "model", "optim", "picture_files", "records", "run_folder"}
+    | {"schedule", "sheet"},
+    {"checkpoint", "data", "pictures", "profiling", "progress", "kernels.abi", "kernels.build"}
     | {"kernels.cpu", "kernels.hopper", "runtime", "evaluate"},
     {"datasets", "steps.base"},
     {"steps.eager", "steps.compiled", "steps.captured", "steps.native", "steps.fused"},
