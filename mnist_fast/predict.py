@@ -5,9 +5,7 @@ import os
 import signal
 import stat
 import sys
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from io import BytesIO
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +15,20 @@ if __name__ == "__main__":  # Ctrl-C ends it without a traceback, also while tor
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 
 from mnist_fast.checkpoint import digest
 from mnist_fast.errors import InputError, Parser, RunError, run_main, some_path, some_text
 from mnist_fast.evaluate import predict
-from mnist_fast.files import drop_output, read_file
-from mnist_fast.model import CLASSES, IMAGE_SIZE, NETWORKS, Network, build_network
+from mnist_fast.files import drop_output
+from mnist_fast.model import CLASSES, NETWORKS, Network, build_network
+from mnist_fast.picture_files import ImageError, find_sources, read_grey
+from mnist_fast.pictures import find_digit
+from mnist_fast.sheet import Sheet, check_sheet
 
 PROGRAM = "python -m mnist_fast.predict"
 MAX_WEIGHTS_BYTES = 10_000_000  # the networks have about 35,000
-MAX_FILE_BYTES = 100_000_000
-MAX_PIXELS = 64_000_000  # of one image, checked before it is decoded
-MAX_SIDE = 1024  # larger images are reduced to this first
-BOX = 20  # MNIST's digits fill a box of 20 x 20 pixels
-CENTRE = IMAGE_SIZE / 2  # pixel index on which their centre of mass lies
-MIN_CONTRAST = 0.1  # between digit and background, of the full range
-EDGE = 0.05  # of the digit's contrast; fainter pixels do not count for its bounding box
-SUFFIXES = (".png", ".jpg", ".jpeg")  # what is read in a folder
-BLANK = "blank: no digit stands out from the background"
 BATCH = 256  # images per forward pass
-
-
-class ImageError(Exception):
-    """An image that cannot be read; the message says why, on one line."""
 
 
 # The network
@@ -84,199 +71,45 @@ def load_network(weights: Path) -> tuple[Network, dict[str, str]]:
     return network.eval(), details
 
 
-# The images
+# The answers
 
 
-def read_image(source: Path | bytes) -> NDArray[np.uint8]:
-    """Reads a PNG or JPEG file of any size, mode and polarity as MNIST would show it.
+def read_image(
+    source: Path | bytes, see: Callable[[str, NDArray[Any]], None] = lambda *_: None
+) -> NDArray[np.uint8]:
+    """Reads an image file of any format, size, mode and polarity as MNIST would show its digit.
+
+    Args:
+        source: a file's path, or its content.
+        see: called with the name and the picture of each step.
 
     Returns:
         uint8 (28, 28), the digit white on black.
 
     Raises:
-        ImageError: it cannot be read, is too large, or shows nothing.
+        ImageError: it cannot be read, is too large, or does not show one digit.
     """
-    content = source if isinstance(source, bytes) else _read_file(source)
-    if not content:
-        raise ImageError("empty file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about damaged metadata, and sizes checked here
-            with Image.open(BytesIO(content), formats=("PNG", "JPEG")) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    size = f"{image.width} x {image.height}"
-                    raise ImageError(f"{size} pixels: more than {MAX_PIXELS / 1e6:.0f} million")
-                image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # JPEG decodes to less at once
-                return to_mnist(to_grey(_upright(image)))
-    except ImageError:
-        raise
-    except Image.DecompressionBombError:
-        raise ImageError(f"more than {MAX_PIXELS / 1e6:.0f} million pixels") from None
-    except UnidentifiedImageError:
-        raise ImageError("neither a PNG nor a JPEG image") from None
-    except Exception as error:  # decoders raise many kinds on damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"damaged image: {reason[:200]}") from error
-
-
-def _read_file(path: Path) -> bytes:
-    """A regular file's content; devices and pipes, which may never end, are refused."""
-    if os.path.isdir(path):
-        raise ImageError(f"folder without {', '.join(SUFFIXES)} files")
-    try:
-        return read_file(path, MAX_FILE_BYTES)
-    except OSError as error:
-        raise ImageError(error.strerror or str(error)) from error
-    except ValueError as error:  # a name with a zero byte
-        raise ImageError(str(error)) from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turns an image as its camera says, and reduces a large one."""
-    image.load()
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # damaged metadata: the pixels are fine
-        image = image.copy()
-    if image.mode in ("P", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-    if max(image.size) > MAX_SIDE:
-        if image.mode == "1":
-            image = image.convert("L")
-        factor = max(image.size) // MAX_SIDE + 1
-        image = image.reduce(factor)
-    return image
-
-
-def to_grey(image: Image.Image) -> NDArray[np.float32]:
-    """Luminance in 0..1, float32 (height, width); what is transparent becomes background."""
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):  # 16-bit PNGs
-        return (np.asarray(image) / 65_535).clip(0, 1).astype(np.float32)
-    alpha = None
-    if image.mode in ("LA", "La", "RGBA", "RGBa"):
-        image = image.convert("RGBA")
-        alpha = np.asarray(image.getchannel("A"), np.float32) / 255
-        image = image.convert("RGB")
-    grey = (np.asarray(image.convert("L")) / 255).astype(np.float32)
-    if alpha is None or alpha.min() > 0.99:
-        return grey
-    visible = grey[alpha > 0.5]
-    if not visible.size:
-        raise ImageError("wholly transparent")
-    low, middle, high = np.percentile(visible, (5, 50, 95))
-    # strokes alone are seen on the opposite of their colour, a card on more of its own
-    background = middle if high - low > 0.25 else float(middle < 0.5)
-    return (grey * alpha + background * (1 - alpha)).astype(np.float32)
-
-
-def to_mnist(grey: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """What MNIST's authors did to their scans (http://yann.lecun.com/exdb/mnist).
-
-    The digit's bounding box is scaled, aspect ratio kept, into 20 x 20 pixels, with grey levels
-    from anti-aliasing, and put into 28 x 28 pixels with its centre of mass in the middle.
-
-    Args:
-        grey: luminance in 0..1, float (height, width), of a digit on a plain background, of either
-            polarity: the border tells the background.
-
-    Returns:
-        uint8 (28, 28), white on black.
-
-    Raises:
-        ImageError: there is nothing to be seen.
-    """
-    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    background = float(np.median(border))
-    noise = 1.4826 * float(np.median(np.abs(border - background)))  # sd, robust against strokes
-    darker, lighter = background - float(grey.min()), float(grey.max()) - background
-    ink = (grey - background) * (1 if lighter >= darker else -1)
-    if ink.max() < MIN_CONTRAST:
-        raise ImageError(BLANK)
-    noise /= float(ink.max())
-    ink = np.clip(ink / ink.max(), 0, 1)
-    if noise > 0.002:  # a photograph or a scan
-        pixels = Image.fromarray(np.rint(ink * 255).astype(np.uint8))
-        ink = np.asarray(pixels.filter(ImageFilter.MedianFilter(3)), np.float32) / 255
-        ink[ink < min(5 * noise, 0.3)] = 0
-    rows, columns = (np.flatnonzero((ink > EDGE).any(axis)) for axis in (1, 0))
-    if not len(rows):
-        raise ImageError(BLANK)
-    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    scale = BOX / max(ink.shape)
-    height, width = (max(1, round(side * scale)) for side in ink.shape)
-    if (height, width) != ink.shape:
-        resample = Image.Resampling.BOX if scale < 0.5 else Image.Resampling.BILINEAR
-        small = Image.fromarray(ink).resize((width, height), resample)
-        ink = np.asarray(small, np.float32)
-    return _centred(np.clip(ink / ink.max(), 0, 1))
-
-
-def _centred(ink: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Puts a digit of at most 20 x 20 pixels into 28 x 28, its centre of mass in the middle."""
-    corner = []
-    for axis, size in enumerate(ink.shape):
-        mass = ink.sum(axis=1 - axis)
-        centre = float((mass * np.arange(size)).sum() / mass.sum())
-        corner.append(min(max(round(CENTRE - centre), 0), IMAGE_SIZE - size))
-    top, left = corner
-    canvas = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
-    canvas[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
-    return np.rint(canvas * 255).astype(np.uint8)
-
-
-# The command
-
-
-def find_sources(names: Iterable[str]) -> Iterator[tuple[str, Path | bytes]]:
-    """The images meant by the command line: files, the images below folders, standard input (-)."""
-    for name in names:
-        if name == "-":
-            yield from _from_standard_input()
-        elif os.path.isdir(name):
-            yield from _in_folder(name)
-        else:
-            yield name, Path(name)
-
-
-def _in_folder(folder: str) -> Iterator[tuple[str, Path]]:
-    found = [
-        os.path.join(root, name)
-        for root, _, names in os.walk(folder)
-        for name in names
-        if name.lower().endswith(SUFFIXES)
-    ]
-    # an empty one is handed on itself, so that it gets its line
-    yield from ((path, Path(path)) for path in sorted(found) or [folder])
-
-
-def _from_standard_input() -> Iterator[tuple[str, Path | bytes]]:
-    """One image, if standard input looks like one, else the names of images, one per line."""
-    content = sys.stdin.buffer.read(MAX_FILE_BYTES)
-    # no file's name holds a zero byte, and every other image format does
-    if content.startswith((b"\x89PNG", b"\xff\xd8")) or b"\0" in content:
-        yield "standard input", content
-        return
-    names = [name for line in content.splitlines() if (name := os.fsdecode(line).strip())]
-    for name in names:
-        yield from _in_folder(name) if os.path.isdir(name) else [(name, Path(name))]
-    if not names:  # handed on itself, so that it gets its line
-        yield "standard input", b""
+    return find_digit(read_grey(source), see)
 
 
 def classify(
-    network: Network, sources: Iterable[tuple[str, Path | bytes]]
+    network: Network, sources: Iterable[tuple[str, Path | bytes]], sheet: Sheet | None = None
 ) -> Iterator[dict[str, Any]]:
-    """What the network reads in each image, in order: see `_result`; or `file` and `error`."""
+    """The network's answer for each image, in order: see `_result`; or `file` and `error`."""
     waiting: list[tuple[str, NDArray[np.uint8] | str]] = []
     for name, source in sources:
         try:
-            waiting.append((name, read_image(source)))
+            waiting.append((name, _read(source, sheet)))
         except ImageError as error:
             waiting.append((name, str(error)))
         if len(waiting) == BATCH:
             yield from _answers(network, waiting)
             waiting = []
     yield from _answers(network, waiting)
+
+
+def _read(source: Path | bytes, sheet: Sheet | None) -> NDArray[np.uint8]:
+    return read_image(source) if sheet is None else read_image(source, sheet.next_row())
 
 
 def _answers(
@@ -343,9 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Classifies the images named on the command line; 1 if some could not be read."""
     parser = Parser(
         prog=PROGRAM,
-        description="Reads the digit in PNG and JPEG images of any size, dark on light or light "
-        "on dark: one digit per image, on a plain background. Prints file, digit and its "
-        "probability. Exit status: 0 all read, 1 some could not be read, 2 bad usage or weights.",
+        description="Finds and reads the digit in each image: any format that Pillow reads, any "
+        "size, dark on light or light on dark. Prints file, digit and its probability. An image "
+        "with several digits, or none, gets a line that says so. Exit status: 0 all read, 1 some "
+        "could not be read, 2 bad usage or weights.",
     )
     parser.add_argument(
         "weights", type=some_path, help="weights.safetensors of a run, or its folder"
@@ -362,11 +196,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="one list of objects: file, digit, probability, probabilities; or file and error",
     )
+    parser.add_argument(
+        "--sheet",
+        type=some_path,
+        metavar="FILE.png",
+        help="draw each picture, each step, the network's input and the answer",
+    )
     options = parser.parse_args(arguments)
     if "-" in options.images and sys.stdin is None:
         raise InputError("standard input is closed: hand an image or names to it, or leave out -")
+    if options.sheet:
+        check_sheet(options.sheet)
     network, _ = load_network(options.weights)
-    return 1 if show(classify(network, find_sources(options.images)), options.json) else 0
+    sheet = Sheet() if options.sheet else None
+    results = classify(network, find_sources(options.images), sheet)
+    faults = show(_noted(results, sheet), options.json)
+    if sheet:
+        sheet.write(options.sheet)
+    return 1 if faults else 0
+
+
+def _noted(results: Iterable[dict[str, Any]], sheet: Sheet | None) -> Iterator[dict[str, Any]]:
+    """Hands results on, and keeps them for the sheet."""
+    for result in results:
+        if sheet:
+            sheet.answer(result)
+        yield result
 
 
 if __name__ == "__main__":

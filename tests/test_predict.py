@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,15 +13,18 @@ import helpers
 import numpy as np
 import pytest
 import torch
+from drawn_pictures import blank_paper, clutter, several_digits
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 from data_prep.sources import load_digits
+from mnist_fast import picture_files
 from mnist_fast import predict as module
 from mnist_fast.checkpoint import digest
 from mnist_fast.errors import InputError, run_main
 from mnist_fast.model import build_network
 from mnist_fast.predict import ImageError, classify, find_sources, load_network, read_image
+from mnist_fast.sheet import CELL
 
 
 def seven(size=(300, 400), ink=0, paper=255, mode="L"):
@@ -153,11 +155,15 @@ def bomb(width, height):
 
 FAULTS = {
     "empty": (b"", "empty file"),
-    "text": (b"#!/bin/sh\nrm -rf /\n", "neither a PNG nor a JPEG"),
-    "gif": (encoded(seven(), "GIF"), "neither a PNG nor a JPEG"),
+    "text": (b"#!/bin/sh\nrm -rf /\n", "not an image"),
+    "truncated gif": (encoded(seven(), "GIF")[:300], "damaged"),
+    "truncated webp": (encoded(noisy(), "WEBP")[:300], "damaged|not an image"),
+    "truncated tiff": (encoded(noisy(), "TIFF")[:3000], "damaged|not an image"),
+    "truncated bmp": (encoded(noisy(), "BMP")[:3000], "damaged"),
+    "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     "truncated png": (encoded(noisy())[:2000], "damaged"),
     "truncated jpeg": (encoded(noisy(), "JPEG")[:900], "damaged"),
-    "header alone": (encoded(seven())[:16], "neither|damaged"),
+    "header alone": (encoded(seven())[:16], "not an image|damaged"),
     "flipped bytes": (encoded(noisy())[:500] + b"\xff" * 99 + encoded(noisy())[599:], "damaged"),
     "bomb": (bomb(12_000, 8_000), "12000 x 8000 pixels: more than 64 million"),
     "huge bomb": (bomb(30_000, 30_000), "more than 64 million pixels"),
@@ -198,10 +204,10 @@ def test_bad_images_do_not_stop_the_others(weights, tmp_path, capsys):
         (tmp_path / f"{name}.png").write_bytes(content)
     for name in ("a.png", "b.JPG", "z\n\x1b[31m.png"):
         (tmp_path / name).write_bytes(encoded(seven(), "JPEG" if "JPG" in name else "PNG"))
-    (tmp_path / "notes.txt").write_text("not looked at")
+    (tmp_path / "notes.txt").write_text("no image, and said to be none")
     assert module.main([str(weights), str(tmp_path)]) == 1
     said = capsys.readouterr()
-    assert len(said.err.splitlines()) == len(FAULTS)
+    assert len(said.err.splitlines()) == len(FAULTS) + 1
     assert len(said.out.splitlines()) == 3
     assert "\x1b" not in said.out
 
@@ -339,7 +345,7 @@ def test_a_folder_without_images_gets_its_line(weights, tmp_path, capsys):
     (tmp_path / "one.png").write_bytes(encoded(seven()))
     assert module.main([str(weights), str(tmp_path / "empty"), str(tmp_path / "one.png")]) == 1
     said = capsys.readouterr()
-    assert said.err.endswith("empty: folder without .png, .jpg, .jpeg files\n")
+    assert said.err.endswith("empty: folder without files\n")
     assert len(said.out.splitlines()) == 1
 
 
@@ -354,14 +360,95 @@ def test_an_empty_standard_input_gets_its_line(weights, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith("standard input: empty file\n")
 
 
+FORMS = ["BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000", "ICO", "PCX"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_told_by_its_content(form, plain, tmp_path):
+    (tmp_path / "named.png").write_bytes(encoded(seven((240, 240)), form))
+    expected = read_image(encoded(seven((240, 240))))
+    found = read_image(tmp_path / "named.png")
+    assert np.abs(found.astype(int) - expected).mean() < 9
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr", "I;16", "I", "F"])
+def test_every_mode_is_read_also_from_large_files(mode, plain):
+    image = seven().resize((1200, 1600))
+    if mode in ("I;16", "F"):
+        values = np.asarray(image)
+        deep = values.astype(np.uint16) * 257 if mode == "I;16" else values.astype(np.float32) / 255
+        image = Image.fromarray(deep)
+    else:
+        image = image.convert("RGB" if mode in ("CMYK", "YCbCr") else "L").convert(mode)
+    assert np.abs(read_image(encoded(image, "TIFF")).astype(int) - plain).mean() < 9
+
+
 @pytest.mark.parametrize("form", ["BMP", "GIF", "TIFF", "WEBP"])
-def test_another_kind_of_image_on_standard_input_gets_one_line(form, weights, monkeypatch, capsys):
+def test_every_form_is_read_from_standard_input(form, weights, monkeypatch, capsys):
     stream = io.TextIOWrapper(io.BytesIO(encoded(seven(), form)))
     monkeypatch.setattr("sys.stdin", stream)
-    assert module.main([str(weights), "-"]) == 1
-    assert re.fullmatch(
-        r".*: standard input: neither a PNG nor a JPEG image\n", capsys.readouterr().err
-    )
+    assert module.main([str(weights), "-"]) == 0
+    assert capsys.readouterr().out.startswith("standard input  ")
+
+
+def test_a_heic_image_names_the_package_that_reads_it(monkeypatch):
+    monkeypatch.setattr(picture_files, "_formats", lambda: ("PNG", "JPEG"))
+    with pytest.raises(ImageError, match="HEIC image: install pillow-heif"):
+        read_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
+
+
+def test_in_a_folder_only_resource_forks_and_thumbnails_are_left_out(tmp_path):
+    kept = ["a.png", "b.HEIC", "notes.txt", "no_suffix", "sub/c.webp", ".hidden.png"]
+    left_out = ["._a.png", ".DS_Store", "Thumbs.db", "__MACOSX/._a.png", "@eaDir/a.png/x.jpg"]
+    for name in [*kept, *left_out]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    found = [os.path.relpath(name, tmp_path) for name, _ in find_sources([str(tmp_path)])]
+    assert sorted(found) == sorted(kept)
+
+
+def test_twelve_bits_in_a_file_of_sixteen_are_bright_enough(plain):
+    grey = (np.asarray(seven(), np.uint16) // 255 * 2000 + 1000).astype(np.uint16)
+    assert np.abs(read_image(encoded(Image.fromarray(grey))).astype(int) - plain).mean() < 9
+
+
+def test_what_is_not_one_digit_is_said(weights, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    images = load_digits().test_images[:4]
+    for kind in (several_digits, clutter, blank_paper):
+        Image.fromarray(kind(images, rng)).save(tmp_path / f"{kind.__name__}.png")
+    assert module.main([str(weights), str(tmp_path), "--json"]) == 1
+    said = {os.path.basename(r["file"]): r["error"] for r in json.loads(capsys.readouterr().out)}
+    assert said["several_digits.png"].startswith("several digits")
+    assert said["clutter.png"].startswith("no digit")
+    assert said["blank_paper.png"].startswith("blank")
+
+
+# The sheet
+
+
+def test_the_sheet_has_a_row_for_each_picture(weights, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "good.png").write_bytes(encoded(seven()))
+    (pictures / "bad.png").write_bytes(b"x")
+    sheet = tmp_path / "sheet.png"
+    assert module.main([str(weights), str(pictures), "--sheet", str(sheet)]) == 1
+    with Image.open(sheet) as image:
+        drawn = np.asarray(image.convert("L"))
+    assert drawn.shape[0] == 24 + 2 * CELL
+    background = drawn[-1, -1]
+    bad, good = drawn[24 : 24 + CELL], drawn[24 + CELL :]
+    assert (bad[:, : 6 * CELL] == background).all()
+    for column in range(7):  # each step has drawn something
+        assert np.ptp(good[:, column * CELL : (column + 1) * CELL]) > 100
+
+
+@pytest.mark.parametrize("name", ["sheet.jpg", "missing/sheet.png", "folder.png"])
+def test_a_sheet_that_cannot_be_written_is_bad_usage(name, weights, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InputError, match="--sheet"):
+        module.main([str(weights), "x.png", "--sheet", str(tmp_path / name)])
 
 
 def test_a_closed_standard_input_is_bad_usage(weights, monkeypatch):
