@@ -72,6 +72,7 @@ class Run:
         self.runtime = runtime = Runtime(config)
         self.parts.end("start")
         self.manifest, self.betons = datasets.open_betons(config, runtime)
+        self.data_sha256 = betons.data_sha256(self.manifest)
         self.sharding = datasets.cut(config, self.manifest, runtime)
         runtime.seed(config.seed)
         network = build_network(config.network, config.dropout)
@@ -87,6 +88,7 @@ class Run:
         self.step = self.plan.build(self.state, runtime)
         # after all that may be refused: it leaves an empty folder otherwise
         self.folder = runtime.on_main(lambda: run_folder.choose(config, self.manifest.dataset))
+        self.identity = Identity.of(self.plan.job, self.plan.mode.name, self.data_sha256)
         self.progress = Progress()
         self.tracker = Tracker(config, runtime, self.folder)
         self.startup_seconds = 0.0
@@ -142,10 +144,9 @@ class Run:
         found = self.runtime.on_main(lambda: resume.find(self.config, self.folder, self.say))
         if found is None:
             return None
-        identity = self.identity()
-        self.progress = resume.restore(found, identity, self.state, self.step, self.runtime)
+        self.progress = resume.restore(found, self.identity, self.state, self.step, self.runtime)
         self.say(f"resumed at epoch {self.progress.epoch + 1}, step {self.progress.step}")
-        if difference := resume.different_rounding(found.state, identity):
+        if difference := resume.different_rounding(found.state, self.identity):
             self.say(f"resumed: {difference}")
         return found.state["wandb_id"]
 
@@ -247,7 +248,7 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint; every process hands in its own state."""
         contents = resume.contents(
-            *(self.identity(), self.progress, self.state, self.step),
+            *(self.identity, self.progress, self.state, self.step),
             *(self.runtime, self.tracker.wandb_id),
         )
         if self.runtime.is_main:
@@ -294,20 +295,8 @@ class Run:
             "feed": self.feed.name,
             "step": self.plan.mode.name,
             "git_commit": provenance.git_commit(),
-            "data_sha256": betons.data_sha256(self.manifest),
+            "data_sha256": self.data_sha256,
         }
-
-    def identity(self) -> Identity:
-        """What makes it this training and no other."""
-        return Identity(
-            config=self.config.as_dict(),
-            data_sha256=betons.data_sha256(self.manifest),
-            world_size=self.runtime.world_size,
-            device=self.runtime.device.type,
-            precision=self.runtime.precision,
-            mode=self.plan.mode.name,
-            steps_per_epoch=self.sharding.steps,
-        )
 
     def say(self, message: str) -> None:
         """Prints a line, on the main process."""

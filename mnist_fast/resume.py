@@ -18,7 +18,7 @@ from mnist_fast.config import Config, different_choices
 from mnist_fast.errors import InputError
 from mnist_fast.records import Record, check_record, is_duration
 from mnist_fast.runtime import Runtime
-from mnist_fast.steps import Step, TrainState
+from mnist_fast.steps import Job, Step, TrainState
 
 
 @dataclasses.dataclass
@@ -43,6 +43,25 @@ class Identity:
     precision: str
     mode: str
     steps_per_epoch: int
+
+    @classmethod
+    def of(cls, job: Job, mode: str, data_sha256: str) -> "Identity":
+        """That of a run.
+
+        Args:
+            job: what its steps are built for.
+            mode: of the steps.
+            data_sha256: checksum of the betons.
+        """
+        return cls(
+            config=job.config.as_dict(),
+            data_sha256=data_sha256,
+            world_size=job.sharding.world_size,
+            device=job.device.type,
+            precision=job.precision,
+            mode=mode,
+            steps_per_epoch=job.sharding.steps,
+        )
 
 
 def _types(kind: type) -> dict[str, Any]:
