@@ -27,7 +27,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Refuses aliases: a few of them within each other fill all memory."""
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not read")
+            raise yaml.YAMLError("aliases (*name) are not supported")
         return super().compose_node(parent, index)
 
 
@@ -41,7 +41,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
     if not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", node.value):  # 010 would be 8, and 1:30 be 90
-        raise yaml.YAMLError(f"{node.value} is not a whole number as people write them")
+        raise yaml.YAMLError(f"{node.value} is not a decimal whole number")
     return loader.construct_yaml_int(node)
 
 

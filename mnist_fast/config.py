@@ -44,7 +44,7 @@ class Config:
     )
     dataset: Literal["mnist", "digits", "auto"] = option(
         "mnist",
-        "data set, where data_dir holds none; auto takes scikit-learn's digits for lack of MNIST",
+        "data set, if data_dir holds none; auto: MNIST, or scikit-learn's digits without MNIST",
         affects="nothing",
     )
     epochs: int = option(15, "passes over the training images", between=(1, 100_000))
@@ -67,10 +67,10 @@ class Config:
     )
     step_gamma: float = option(0.1, "factor of each decay of the step schedule", between=(0, 1))
     warmup_fraction: float = option(
-        0.3, "fraction of all steps in which onecycle rises", between=(0, 1)
+        0.3, "fraction of all steps in which the rate of onecycle rises", between=(0, 1)
     )
     optimizer: Literal["sgd", "adamw", "muon"] = option(
-        "sgd", "rule by which gradients move the weights; muon: SGD with orthogonal updates"
+        "sgd", "update rule of the weights; muon: SGD with orthogonal updates"
     )
     momentum: float = option(
         0.9, "momentum of SGD and Muon, beta 1 of AdamW", between=(0, 0.999999)
@@ -119,8 +119,8 @@ class Config:
     # Evaluation
     tta: int = option(
         0,
-        "pixels: also evaluate the mean over all translations by up to so many, at the end and "
-        "apart (test_accuracy_tta); 0 is off",
+        "test-time augmentation: at the end, also evaluate the mean over all translations by up to "
+        "this many pixels (test_accuracy_tta); 0 is off",
         between=(0, 8),
     )
 
@@ -133,14 +133,14 @@ class Config:
     )
     step: str = option(
         "auto",
-        "step mode; eager: kernel by kernel; native: C++ for CPUs; compiled: torch.compile; "
-        "captured: one CUDA graph; fused: one kernel, on large GPUs in float32; auto: the fastest "
-        "mode that supports the run",
+        "step mode; auto: the fastest mode that supports the run; eager: kernel by kernel; native: "
+        "C++ for CPUs; compiled: torch.compile; captured: one CUDA graph; fused: one kernel, on "
+        "large GPUs in float32",
         affects="rounding",
     )
     feed: Literal["auto", "resident", "stream"] = option(
         "auto",
-        "images held on the device, or streamed by FFCV; auto is resident where they fit",
+        "resident: images held on the device; stream: streamed by FFCV; auto: resident if they fit",
         affects="nothing",
     )
     threads: int = option(
@@ -168,34 +168,35 @@ class Config:
     )
     resume: str = option(
         "auto",
-        "auto continues the run in run_dir; never; or the path of a checkpoint",
+        "auto: continue the run in run_dir; never: refuse a run_dir with checkpoints; or the path "
+        "of a checkpoint",
         affects="nothing",
     )
     checkpoint_every: int = option(
         1,
-        "epochs between two checkpoints; 0 is only at the end",
+        "epochs between two checkpoints; 0: only at the end",
         between=(0, 100_000),
         affects="nothing",
     )
     wandb: Literal["auto", "online", "offline", "disabled"] = option(
         "auto",
-        "Weights & Biases; auto is what WANDB_MODE says, else online with a key or offline",
+        "Weights & Biases; auto: what WANDB_MODE says, else online with a key and offline without",
         affects="nothing",
     )
     wandb_project: str | None = option(
-        None, "W&B project (default: $WANDB_PROJECT, mnist_fast)", affects="nothing"
+        None, "W&B project (default: $WANDB_PROJECT, else mnist_fast)", affects="nothing"
     )
     wandb_entity: str | None = option(
         None, "W&B user or team (default: $WANDB_ENTITY)", affects="nothing"
     )
     wandb_name: str | None = option(
-        None, "W&B run name (default: $WANDB_NAME, that of run_dir)", affects="nothing"
+        None, "W&B run name (default: $WANDB_NAME, else that of run_dir)", affects="nothing"
     )
     wandb_group: str | None = option(
         None, "W&B run group (default: $WANDB_RUN_GROUP)", affects="nothing"
     )
     wandb_job_type: str | None = option(
-        None, "W&B job type (default: $WANDB_JOB_TYPE, train)", affects="nothing"
+        None, "W&B job type (default: $WANDB_JOB_TYPE, else train)", affects="nothing"
     )
     wandb_tags: str | None = option(
         None, "W&B tags, separated by commas (default: $WANDB_TAGS)", affects="nothing"
@@ -219,7 +220,7 @@ class Config:
         if self.nesterov and self.momentum == 0:
             raise InputError("nesterov needs a momentum above 0")
         if self.nesterov and self.optimizer == "adamw":
-            raise InputError("nesterov is of SGD and Muon: set it to false for adamw")
+            raise InputError("nesterov is not supported with adamw: set it to false")
 
     def as_dict(self) -> dict[str, Any]:
         """The choices as plain values, in order."""

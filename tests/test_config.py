@@ -158,10 +158,10 @@ def test_a_bad_option_is_refused_and_named(arguments):
         ("\x00", "not valid YAML"),
         ("a: " + 5000 * "[", "nested too deeply"),
         ("epochs: 1\nepochs: 2", "duplicate key 'epochs'"),
-        ("epochs: 010", "010 is not a whole number"),  # 8 in YAML 1.1
-        ("epochs: 1:30", "1:30 is not a whole number"),  # 90
+        ("epochs: 010", "010 is not a decimal whole number"),  # 8 in YAML 1.1
+        ("epochs: 1:30", "1:30 is not a decimal whole number"),  # 90
         ("wandb_name: 2020-02-31", "not valid YAML"),
-        ("&a {epochs: *a}", "aliases (*name) are not read"),
+        ("&a {epochs: *a}", "aliases (*name) are not supported"),
         ("epochs: 1 #" + 100_000 * "x", "more than 100,000 bytes"),
         ("recipe:", "recipe has no value"),
         ("run_dir: ''", "run_dir is empty"),
