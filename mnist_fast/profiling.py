@@ -51,4 +51,4 @@ def profile(
     with torch.profiler.profile(activities=activities, schedule=plan, on_trace_ready=write) as run:
         yield run.step
     if not written:
-        say(f"no profile: it takes {SKIPPED + WARM_UP + STEPS} steps")
+        say(f"no profile: it needs {SKIPPED + WARM_UP + STEPS} steps")

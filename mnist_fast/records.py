@@ -73,7 +73,7 @@ def epoch_record(
 def check_record(record: Any, epoch: int) -> None:
     """Raises ValueError unless a record is one that a run could have written for an epoch."""
     if not isinstance(record, dict) or record.get("epoch") != epoch:
-        raise ValueError("records are not those of its epochs")
+        raise ValueError("its records do not match its epochs")
     split = split_in(record)
     numbers = [f"{name}_{metric}" for name in ("train", split) for metric in METRICS]
     if (
@@ -81,7 +81,7 @@ def check_record(record: Any, epoch: int) -> None:
         or not all(isinstance(record.get(key), int | float) for key in numbers)
         or not all(isinstance(value, str | int | float | None) for value in record.values())
     ):
-        raise ValueError("records are not those of its epochs")
+        raise ValueError("its records do not match its epochs")
 
 
 def is_duration(value: Any) -> bool:

@@ -90,9 +90,9 @@ def check_state(state: Any) -> None:
     epoch, step, steps = state["epoch"], state["step"], state["steps_per_epoch"]
     consistent = epoch >= 0 and 0 <= step <= steps and state["global_step"] == epoch * steps + step
     if not consistent or not is_duration(state["epoch_seconds"]):
-        raise ValueError("its position is not possible")
+        raise ValueError("its position is impossible")
     if len(state["records"]) != epoch:
-        raise ValueError("records are not those of its epochs")
+        raise ValueError("its records do not match its epochs")
     for number, record in enumerate(state["records"], 1):
         check_record(record, number)
     # W&B makes file names of it
@@ -293,7 +293,7 @@ def different_rounding(state: dict[str, Any], identity: Identity) -> str | None:
     if not different or identity.mode in ("native", "fused"):  # their sums have one order
         return None
     listed = ", ".join(f"{key} {old.get(key)} before, {new[key]} now" for key in sorted(different))
-    return f"the last bits may differ from an undisturbed run's: {listed}"
+    return f"the last bits may differ from those of a run without a stop: {listed}"
 
 
 def _refuse(key: str, old: Any, new: Any) -> None:

@@ -243,7 +243,7 @@ def test_another_number_of_threads_goes_on_and_says_so(small_betons, tmp_path, c
         run(tmp_path, small_betons, stop_at=13)
     run(tmp_path, small_betons, threads=2)
     said = capsys.readouterr().out
-    assert "the last bits may differ from an undisturbed run's: threads 1 before, 2 now" in said
+    assert "the last bits may differ from those of a run without a stop: threads 1 before" in said
 
 
 def test_a_scalers_state_goes_through_the_checkpoint(small_betons, tmp_path, monkeypatch):

@@ -148,7 +148,7 @@ def describe(network: Network) -> "ctypes.Array[Layer]":
         elif found and not found[-1].pool:
             size = _add(found[-1], module, size)
         else:
-            raise UnsupportedNetwork(f"unsupported layer {module}")
+            raise UnsupportedNetwork(f"the network has an unsupported layer {module}")
     return (Layer * len(found))(*found)
 
 
@@ -158,7 +158,7 @@ def _convolution(module: nn.Conv2d, size: int) -> Layer:
         module.in_channels, module.out_channels, kernel, padding=padding, bias=False, device="meta"
     )
     if repr(plain) != repr(module) or kernel not in (1, 3) or padding >= kernel:
-        raise UnsupportedNetwork(f"unsupported convolution {module}")
+        raise UnsupportedNetwork(f"the network has an unsupported convolution {module}")
     return Layer(
         inputs=module.in_channels,
         outputs=module.out_channels,
@@ -188,7 +188,7 @@ def _add(layer: Layer, module: nn.Module, size: int) -> int:
         layer.pool, layer.window = POOLS[type(module)], int(module.kernel_size)  # type: ignore[arg-type]
         size //= layer.window
     else:
-        raise UnsupportedNetwork(f"unsupported layer {module}")
+        raise UnsupportedNetwork(f"the network has an unsupported layer {module}")
     return size
 
 

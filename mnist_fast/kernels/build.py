@@ -212,5 +212,5 @@ def why_no_inductor(device_type: str) -> str | None:
     if c_compiler() is None:
         return "there is no C compiler, which Triton needs: install gcc"
     if importlib.util.find_spec("triton") is None:
-        return "there is no Triton"
+        return "Triton is not installed"
     return None

@@ -79,9 +79,9 @@ def prelude(network: Network, images: int, threads: int = THREADS) -> str:
     """
     layers = list(abi.describe(network))
     if [bool(layer.normalises) for layer in layers] != [True] * (len(layers) - 1) + [False]:
-        raise abi.UnsupportedNetwork("all layers but the last one need a BatchNorm")
+        raise abi.UnsupportedNetwork("only the network's last layer may lack BatchNorm")
     if max(layer.outputs for layer in layers) > MOST_CHANNELS:
-        raise abi.UnsupportedNetwork(f"a layer has more than {MOST_CHANNELS} channels")
+        raise abi.UnsupportedNetwork(f"the network has more than {MOST_CHANNELS} channels")
     names = [name for name, _ in abi.LAYER_SHAPE]
     rows = ("{" + ", ".join(_number(getattr(layer, f)) for f in names) + "}" for layer in layers)
     values = {"NETWORK": ", ".join(rows), "THREADS": threads, "BLOCKS": images}

@@ -26,7 +26,7 @@ class NativeStep(BackpropStep):
         try:
             abi.describe(job.network)
         except abi.UnsupportedNetwork as error:
-            return f"the network has an {error}"
+            return str(error)
         library, reason = cpu.try_library()
         if library is None:
             return reason
