@@ -52,7 +52,7 @@ def uniform(key: Tensor, positions: Tensor, columns: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """What is drawn for each image; every field is float32 (batch,).
+    """The draws of each image; every field is float32 (batch,).
 
     Angles are radians with torchvision's signs, translations pixels, the others factors.
     `contrast_first` is true where contrast is changed before brightness.
@@ -129,7 +129,7 @@ def displacements(config: Config, key: Tensor, positions: Tensor, size: int) -> 
 
 
 def interpolation_basis(size: int, device: torch.device) -> Tensor:
-    """What each control point along a side gives to each pixel, float32 (size, 5).
+    """Weight of each control point along a side for each pixel, float32 (size, 5).
 
     Bicubic interpolation is linear, and the same along either side.
     """

@@ -37,7 +37,7 @@ class CorruptCheckpointError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on as if it had never stopped.
+    """All that a run needs to go on as if it had never stopped.
 
     Attributes:
         tensors: by name, on the CPU; `resume` says which.
@@ -114,12 +114,12 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    """Writes weights as safetensors, in one step, with their checksum beside what is said of them.
+    """Writes weights as safetensors, in one step, with a description and their checksum.
 
     Args:
         path: of the file.
         tensors: by name.
-        about: plain words by name.
+        about: the description, text by name.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = save_tensors(weights, metadata=about | {"sha256": digest(weights)})
@@ -159,7 +159,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: Path) -> None:
-    """Deletes checkpoints older than `keep` but the newest, and what an interrupted save left."""
+    """Deletes all checkpoints older than `keep` except the newest, and interrupted saves."""
     older = [path for path in newest_first(folder) if _step(path) < _step(keep)]
     for path in older[KEEP - 1 :] + list(folder.glob(".writing-*")):
         shutil.rmtree(path, ignore_errors=True)
@@ -209,7 +209,7 @@ def load(path: Path, check_state: CheckState) -> Checkpoint:
 
 
 def _read(path: Path) -> bytes:
-    """A regular file's bytes, neither through a link nor more than a checkpoint can have."""
+    """A regular file's bytes; refuses links, and more bytes than a checkpoint can have."""
     if path.parent.is_symlink() or path.is_symlink():
         raise CorruptCheckpointError(f"{path}: a symbolic link")
     try:
@@ -219,7 +219,7 @@ def _read(path: Path) -> bytes:
 
 
 def _check_manifest(path: Path, contents: dict[str, bytes]) -> None:
-    """Compares the files with the manifest, and the manifest with the one way to write it."""
+    """Compares the files with the manifest, and the manifest with its canonical form."""
     try:
         files = json.loads(contents[MANIFEST])["files"]
         listed = {name: (files[name]["bytes"], files[name]["sha256"]) for name in (STATE, TENSORS)}

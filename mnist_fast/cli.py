@@ -22,7 +22,7 @@ def recipe_names() -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without what is read as something else than was meant: see its constructors."""
+    """Strict YAML: no aliases, no duplicate keys, only decimal numbers, `yes` and `no` as text."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """Refuses aliases: a few of them within each other fill all memory."""
@@ -121,7 +121,7 @@ def load(arguments: Sequence[str] | None = None) -> Config:
 
 
 def _options_given(parser: Any, arguments: list[str]) -> dict[str, Any]:
-    """Only the options that stand on the command line, as typed values."""
+    """The options given on the command line, as typed values."""
     from jsonargparse import ArgumentError
 
     try:

@@ -64,7 +64,7 @@ def find_betons(config: Config) -> Path:
 
 
 def cut(config: Config, manifest: Manifest, runtime: Runtime) -> Sharding:
-    """How the training images are cut into global batches, and these into the processes' parts.
+    """The sharding: global batches of the training images, and each process's part of them.
 
     Raises:
         InputError: some process could not train on its part.

@@ -1,4 +1,4 @@
-"""The ways a run ends that are not success: bad input (exit 2) and everything else (exit 1)."""
+"""Errors that end a run: bad input (exit status 2) and everything else (exit status 1)."""
 
 import argparse
 import atexit
@@ -44,9 +44,9 @@ class Stopped(BaseException):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line, as an `InputError`.
+    """An argument parser that reports a bad command line as an `InputError`.
 
-    Options are written out, as train.py's are.
+    Options cannot be abbreviated, as in train.py.
     """
 
     def __init__(self, **choices: Any):

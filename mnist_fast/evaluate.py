@@ -39,7 +39,7 @@ def predict(network: Network, images: Tensor) -> Tensor:
 
 
 def predict_translated(network: Network, images: Tensor, pixels: int) -> Tensor:
-    """As `predict`, of the mean probability over all translations by up to so many whole pixels.
+    """As `predict`, of the mean probability over all translations by up to `pixels` pixels.
 
     These are (2 pixels + 1)**2 forward passes; what moves in from outside is black.
     """
@@ -87,7 +87,7 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a network makes of every evaluation image.
+    """A network's predictions for all evaluation images.
 
     Attributes:
         labels, predictions: int64 (n,), in the order of the data set.
@@ -115,7 +115,7 @@ class Outcome:
 
 
 def inspect(network: Network, images: Tensor, labels: Tensor, runtime: Runtime) -> Outcome:
-    """Looks at every evaluation image, on every process; arguments as for `evaluate`."""
+    """Predictions for all evaluation images, on every process; arguments as for `evaluate`."""
     probabilities, predictions = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     if len(labels):
         probabilities, predictions = predict(network, images).exp().max(1)

@@ -1,5 +1,4 @@
-"""Files as others may have left them, read without waiting and replaced in one step; lines on
-standard output that may be lost."""
+"""Safe reads and atomic writes of files, and lines on standard output."""
 
 import errno
 import os
@@ -13,7 +12,7 @@ def read_file(path: Path, most: int, follow: bool = True) -> bytes:
 
     Args:
         path: of the file.
-        most: bytes that it may have; of a larger one nothing is read.
+        most: largest size in bytes; a larger file is refused.
         follow: whether it may be a symbolic link.
 
     Raises:
@@ -46,7 +45,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def say(message: str) -> None:
-    """Prints a line; training goes on where nobody reads it (a closed pipe, a full disk)."""
+    """Prints a line; goes on if that fails (a closed pipe, a full disk)."""
     try:
         print(message, flush=True)
     except OSError as error:

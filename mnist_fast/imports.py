@@ -1,4 +1,4 @@
-"""What makes imports cheaper."""
+"""Makes imports cheaper."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def plain_dictionaries() -> Iterator[None]:
-    """FFCV is imported 4 s faster inside.
+    """Makes an import of FFCV inside the block 4 s faster.
 
     At its import it fills one of numba's dictionaries, which numba compiles for that; only the
     decoders of RGB images, of which we have none, read it.

@@ -121,7 +121,7 @@ class Run:
             self.tracker.close(exit_code=1)
 
     def set_out(self, wandb_id: str | None) -> None:
-        """Starts the tracker and compiles; what goes into the run is drawn meanwhile."""
+        """Starts the tracker and compiles; draws the pictures of the inputs meanwhile."""
         drawing, samples = None, None
         if self.runtime.is_main and figures.inputs_missing(self.folder):
             samples = datasets.preview(self.config, self.feed)
@@ -140,7 +140,7 @@ class Run:
         self.parts.end("figures")
 
     def resume(self) -> str | None:
-        """Goes to where the newest valid checkpoint stood; returns its W&B id."""
+        """Restores the newest valid checkpoint, if there is one; returns its W&B id."""
         found = self.runtime.on_main(lambda: resume.find(self.config, self.folder, self.say))
         if found is None:
             return None
@@ -151,7 +151,7 @@ class Run:
         return found.state["wandb_id"]
 
     def conclude(self) -> Record:
-        """Keeps the weights and what they make of the evaluation images; returns the summary."""
+        """Saves the weights, the results and the summary; returns the summary."""
         summary, network = self.summarise(), self.state.best_network()
         weights = self.folder / "weights.safetensors"
         if self.runtime.is_main:
@@ -228,7 +228,7 @@ class Run:
         return evaluate(self.state.best_network(), *part, self.runtime, total, translations)
 
     def require_finite(self, loss: float) -> None:
-        """Ends the run where a loss, the same on every process, is not a number or infinite."""
+        """Ends the run if a loss, the same on every process, is not finite."""
         if not math.isfinite(loss):
             fault = f"the loss is {loss} in epoch {self.progress.epoch + 1}: lower --learning_rate"
             self.tracker.alert("Loss is not finite", f"{self.folder.name}: {fault}", failed=True)
@@ -275,7 +275,7 @@ class Run:
         )
 
     def summarise(self) -> Record:
-        """The run's `summary.json`."""
+        """The content of `summary.json`."""
         translated = self.evaluate(self.config.tta) if self.config.tta else None
         return records.summary(
             *(self.config, self.progress.records, self.evaluation_set.total, translated),
@@ -285,7 +285,7 @@ class Run:
         )
 
     def facts(self) -> Record:
-        """What describes the run beside its configuration."""
+        """Facts about the run that are not in its configuration."""
         return {
             "dataset": self.manifest.dataset,
             "parameters": count_parameters(self.state.network),

@@ -119,10 +119,10 @@ class Network(nn.Module):
 
 
 def check_name(name: str) -> None:
-    """Refuses what is no name of a network.
+    """Refuses an unknown network.
 
     Raises:
-        InputError: it is none.
+        InputError: no network has this name.
     """
     if name not in NETWORKS:
         raise InputError(f"network {name}: unknown, the networks are {', '.join(NETWORKS)}")

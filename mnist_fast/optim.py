@@ -1,4 +1,4 @@
-"""SGD, AdamW and Muon: the rules by which gradients move the weights."""
+"""The optimisers: SGD, AdamW and Muon."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ def build_optimizer(config: Config, parameters: Sequence[nn.Parameter]) -> torch
     """The optimiser of parameters, in a form that a CUDA graph can hold.
 
     Args:
-        config: rule and its numbers.
+        config: optimiser and hyperparameters.
         parameters: what is trained.
     """
     common: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
@@ -32,7 +32,7 @@ def build_optimizer(config: Config, parameters: Sequence[nn.Parameter]) -> torch
 
 
 def first_state(config: Config, parameter: Tensor) -> dict[str, Tensor]:
-    """What the optimiser keeps of a parameter, as it would create it in its first step."""
+    """The optimiser's state of a parameter, as its first step would create it."""
     if config.optimizer == "adamw":
         step = torch.zeros((), device=parameter.device)
         moments = [torch.zeros_like(parameter, requires_grad=False) for _ in range(2)]
@@ -45,13 +45,13 @@ def first_state(config: Config, parameter: Tensor) -> dict[str, Tensor]:
 class FlatSGD:
     """SGD, as `torch.optim.SGD` has it, of parameters that lie in one tensor.
 
-    Torch's has more to do for many small ones, and imports torch's compiler, which takes seconds.
+    Torch's is slower for many small tensors, and imports torch's compiler, which takes seconds.
 
     Args:
         config: momentum, Nesterov's or not, and weight decay.
         weights: float32 (parameters,).
         gradient: likewise.
-        rate: learning rate, of no dimension.
+        rate: learning rate, a scalar tensor.
     """
 
     def __init__(self, config: Config, weights: Tensor, gradient: Tensor, rate: Tensor):
@@ -128,7 +128,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise_weights(updates: Sequence[Tensor]) -> list[Tensor]:
-    """Updates with those of weights (outputs, ...) made orthogonal and scaled."""
+    """The updates; those of weights (outputs, ...) are made orthogonal and scaled."""
     parts = [update.flatten(1) for update in updates if update.dim() > 1]
     found = iter(orthogonalise(parts) if parts else ())
     results = []

@@ -15,7 +15,7 @@ ROWS = 10
 def profile(
     folder: Path | None, device: torch.device, say: Callable[[str], None]
 ) -> Iterator[Callable[[], None]]:
-    """Profiles the steps of a run that are taken inside; yields what to call after each step.
+    """Profiles the steps taken inside the block; yields a function to call after each step.
 
     Writes `trace.json`, which https://ui.perfetto.dev and chrome://tracing open, and
     `operations.txt`, the ten costliest operations by their own time on the device.

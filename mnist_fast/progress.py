@@ -72,7 +72,7 @@ def show(
 
 
 def describe(totals: Sequence[float], speed: float, left: float) -> str:
-    """What the bar says; speed in images per second, time left in seconds."""
+    """The bar's text; speed in images per second, time left in seconds."""
     loss, hits, count = totals[:3]
     accuracy = f"loss {loss / count:.4f}, accuracy {100 * hits / count:.2f} %, " if count else ""
     return f"{accuracy}{speed:,.0f} images/s, {tqdm.format_interval(left)} left"

@@ -1,4 +1,4 @@
-"""What a result came from: the code's commit, versions, and the device."""
+"""The origin of a result: the code's commit, versions, and the device."""
 
 import contextlib
 import functools

@@ -26,12 +26,12 @@ class Evaluation:
 
 
 def split_of(config: Config) -> Split:
-    """What a run is evaluated on: held-out training images where it has some."""
+    """The split that a run is evaluated on: held-out training images where it has some."""
     return "validation" if config.validation_split else "test"
 
 
 def split_in(record: Mapping[str, Any]) -> Split:
-    """What the run of a record, or of a summary, was evaluated on."""
+    """The split in a record, or in a summary."""
     return "test" if "test_accuracy" in record else "validation"
 
 

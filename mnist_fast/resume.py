@@ -1,4 +1,4 @@
-"""Where a run stands, what a checkpoint of it holds, and whether a run may go on there."""
+"""A run's progress, the content of its checkpoints, and whether a run may go on from one."""
 
 import dataclasses
 import os
@@ -23,7 +23,7 @@ from mnist_fast.steps import Job, Step, TrainState
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands: epoch and step of the next batch, and what was measured so far."""
+    """A run's progress: epoch and step of the next batch, and the records so far."""
 
     epoch: int = 0
     step: int = 0
@@ -34,7 +34,7 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What makes it this training and no other."""
+    """The facts that tell one training from another."""
 
     config: dict[str, Any]
     data_sha256: str
@@ -135,7 +135,7 @@ def _tensors(state: TrainState, step: Step, runtime: Runtime) -> dict[str, Tenso
 
 
 def _own_tensors(state: TrainState) -> dict[str, Tensor]:
-    """What this process counted and, until the epoch's end, averaged over its own images."""
+    """This process's totals, and buffers that differ between processes within an epoch."""
     return {"totals": state.totals} | {
         f"{kind}/{name}": buffer
         for kind, network in state.networks()
@@ -154,7 +154,7 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
 def restore(
     found: Checkpoint, identity: Identity, state: TrainState, step: Step, runtime: Runtime
 ) -> Progress:
-    """Sets a run to where a checkpoint stood; returns its progress.
+    """Restores a checkpoint into a run; returns its progress.
 
     Raises:
         InputError: the checkpoint is of another training.
@@ -232,9 +232,10 @@ def _choose(wanted: str, folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def check_unused(folder: Path, config: Config) -> None:
-    """Refuses a folder whose files a run from the beginning would replace.
+    """Refuses a folder with files that a run from the beginning must not replace.
 
-    Those of an earlier try of the same training may be: it was stopped before its first checkpoint.
+    Files of an earlier start of the same training, stopped before its first checkpoint, may be
+    replaced.
 
     Raises:
         InputError: a file is of another run, or of something else.

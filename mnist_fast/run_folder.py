@@ -1,4 +1,4 @@
-"""The run's own folder: one run at a time in it, and a file that tells how the run stands."""
+"""The run's folder: its lock, and its `status.json`."""
 
 import contextlib
 import errno
@@ -23,7 +23,7 @@ _descriptors: dict[Path, int] = {}  # of the locks that this process holds
 
 
 def choose(config: Config, dataset: str) -> Path:
-    """The run's folder, made and locked: as configured, or a new one named for the run."""
+    """Creates and locks the run's folder: the configured one, or a new one named for the run."""
     name = f"{config.recipe}-{dataset}-seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.run_dir or make_new(Path("runs") / name))
     lock(folder)
@@ -39,10 +39,10 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 
 def make_new(wanted: Path) -> Path:
-    """Makes a folder of the wanted name, with a number behind it where that exists.
+    """Creates a folder; appends a number to its name if that is taken.
 
     Raises:
-        InputError: it cannot be made.
+        InputError: it cannot be created.
     """
     folder, number = wanted, 1
     while True:
@@ -65,10 +65,10 @@ def _what_is_there(path: Path) -> str:
 
 
 def make_writable(folder: Path, option: str) -> None:
-    """Makes a folder, unless it is there, and tries whether files can be made in it.
+    """Creates a folder if it is missing, and checks that files can be created in it.
 
     Raises:
-        InputError: they cannot; the option that chose the folder is named.
+        InputError: they cannot; the message names the option that chose the folder.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def make_writable(folder: Path, option: str) -> None:
 
 
 def lock(folder: Path) -> None:
-    """Makes a folder and reserves it for this process, until `unlock` or the process's end.
+    """Creates a folder and locks it for this process, until `unlock` or the process's end.
 
     A POSIX record lock: the kernel (or the file server) drops it when the process dies, however
     that happens, and children that outlive the process do not keep it.
@@ -111,14 +111,14 @@ def lock(folder: Path) -> None:
 
 
 def unlock(folder: Path) -> None:
-    """Gives a folder free for others."""
+    """Releases a folder's lock."""
     if folder in _descriptors:
         os.close(_descriptors.pop(folder))
 
 
 @contextlib.contextmanager
 def reporting(folder: Path, active: bool) -> Iterator[None]:
-    """Keeps `status.json` while a run goes on in a locked folder, and unlocks it at the end.
+    """Keeps `status.json` up to date during a run, and releases the folder's lock at the end.
 
     Choices that are refused leave it as an earlier run left it.
 
@@ -166,7 +166,7 @@ def write_status(folder: Path, status: str, message: str = "") -> None:
 
     Args:
         folder: the run's.
-        status: running, stopped (a checkpoint lies there, the run can go on), finished or failed.
+        status: running, stopped (the run can go on from a checkpoint), finished or failed.
         message: the line that the run ended with.
     """
     job = os.environ.get("SLURM_JOB_ID")

@@ -1,4 +1,4 @@
-"""Processes, device and reductions: everything that knows how many take part."""
+"""Processes, device and reductions."""
 
 import contextlib
 import datetime
@@ -106,11 +106,11 @@ class Runtime:
         self.accelerator.backward(loss)
 
     def average_buffers(self, network: nn.Module) -> None:
-        """Means BatchNorm's running statistics, which each process gathers on its own images."""
+        """Averages BatchNorm's running statistics, which each process gathers on its own images."""
         self.average([buffer for buffer in network.buffers() if buffer.is_floating_point()])
 
     def average(self, tensors: list[Tensor]) -> None:
-        """Means float32 tensors over the processes, in place and in one exchange."""
+        """Averages float32 tensors over the processes, in place and in one exchange."""
         if self.world_size == 1:
             return
         flat = torch._utils._flatten_dense_tensors(tensors)
@@ -252,7 +252,7 @@ def set_threads(wanted: int) -> None:
     """Sets torch's threads: as wanted, else by OMP_NUM_THREADS, else a fair share of the CPUs.
 
     `accelerate launch` and `torchrun` set OMP_NUM_THREADS to 1 where the user set nothing; a 1 from
-    them is therefore no wish.
+    them is therefore ignored.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     asked = os.environ.get("OMP_NUM_THREADS", "")

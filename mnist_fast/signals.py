@@ -27,13 +27,13 @@ def _note(number: int, _frame: FrameType | None) -> None:
 
 
 def install() -> None:
-    """Notes requests from now on instead of dying of them; cheap, call it first."""
+    """Notes requests from now on, in place of ending the process; cheap, call it first."""
     for number in REQUESTS:
         signal.signal(number, _note)
 
 
 def follow_launcher() -> None:
-    """Lets the end of `accelerate launch` be a request: it hands no signal on to a single process.
+    """Makes the end of `accelerate launch` a request: it forwards no signal to a single process.
 
     Only on Linux, and only where the parent is that program: a shell may end before its children.
     """
@@ -71,7 +71,7 @@ def leaving_at_once() -> Iterator[None]:
 
 
 def ignore() -> None:
-    """Ignores them from now on: Python's own end would otherwise be open to them again."""
+    """Ignores requests from now on, so that none interrupts the exit."""
     for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""Where the time of a run goes, from the start of its process on."""
+"""The time of a run by part, from the start of its process on."""
 
 import os
 import time

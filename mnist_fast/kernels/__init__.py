@@ -1,1 +1,1 @@
-"""Code of our own for CPUs and large GPUs, its compilers, and what is passed to it."""
+"""Kernels of our own for CPUs and large GPUs, their arguments and their compilers."""

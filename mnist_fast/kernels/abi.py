@@ -1,4 +1,4 @@
-"""What Python and the compiled kernels share: structs, and the description of a network.
+"""Structs that Python shares with the compiled kernels, and the description of a network.
 
 The fields of each struct are those of the struct of the same name in cpu.cpp, hopper.cu or
 augment.h, in the same order.
@@ -58,7 +58,7 @@ class Layer(ctypes.Structure):
 
 
 class TrainArguments(ctypes.Structure):
-    """What cpu.cpp's `train` takes."""
+    """Arguments of `train` in cpu.cpp."""
 
     _fields_ = fields(
         (Pointer, "layers images labels totals"),
@@ -70,13 +70,13 @@ class TrainArguments(ctypes.Structure):
 
 
 class PredictArguments(ctypes.Structure):
-    """What cpu.cpp's `predict` takes."""
+    """Arguments of `predict` in cpu.cpp."""
 
     _fields_ = fields((Pointer, "layers images logits"), (Int, "layer_count batch threads"))
 
 
 class AugmentArguments(ctypes.Structure):
-    """What cpu.cpp's `augment` takes."""
+    """Arguments of `augment` in cpu.cpp."""
 
     _fields_ = [
         *fields(
@@ -97,7 +97,7 @@ HOPPER_BUFFERS = (
 
 
 class HopperArguments(ctypes.Structure):
-    """What hopper.cu's `train` and `pack` take."""
+    """Arguments of `train` and `pack` in hopper.cu."""
 
     _fields_ = [
         *fields(
@@ -172,7 +172,7 @@ def _convolution(module: nn.Conv2d, size: int) -> Layer:
 
 
 def _add(layer: Layer, module: nn.Module, size: int) -> int:
-    """Adds what follows the convolution; returns the size of the images behind it."""
+    """Adds a module that follows the convolution; returns the size of its outputs."""
     if isinstance(module, nn.BatchNorm2d) and not layer.normalises:
         layer.normalises, layer.epsilon, layer.momentum = 1, module.eps, module.momentum or 0.0
         layer.scale, layer.shift = _address(module.weight), _address(module.bias)

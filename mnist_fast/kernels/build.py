@@ -57,7 +57,7 @@ def c_compiler() -> str | None:
 def load_cpp(source: Path, headers: Sequence[Path]) -> ctypes.CDLL:
     """Compiled and loaded C++, from the user's cache where it is there.
 
-    Where the cache takes no file, or runs none, a temporary folder does for this process.
+    If the cache cannot be written, or runs no code, a temporary folder serves this process.
 
     Args:
         source: what is compiled.
@@ -115,7 +115,7 @@ def _reason(output: str, default: str) -> str:
 
 
 def _processor() -> bytes:
-    """What tells processors with other instructions apart."""
+    """The processor's instruction sets, as the kernel lists them."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     except OSError:
@@ -178,7 +178,7 @@ def _compile_cuda(text: str, options: tuple[str, ...]) -> bytes:
 
 
 def call_cuda(answer: tuple[Any, ...]) -> Any:
-    """What a function of CUDA returned besides its status.
+    """The values that a function of CUDA returned after its status.
 
     Raises:
         BuildError: the status is an error.

@@ -109,7 +109,7 @@ class NativeNetwork(Network):
         self._layers = abi.describe(self)
 
     def hand_over_gradients(self) -> None:
-        """Lets the parameters have their parts of `gradient`."""
+        """Makes the parameters' gradients views of `gradient`."""
         if self._learned[0].grad is not self._gradients[0]:
             for parameter, gradient in zip(self._learned, self._gradients, strict=True):
                 parameter.grad = gradient

@@ -23,7 +23,7 @@ MOST_CHANNELS = 64  # hopper.cu's
 
 
 def unsupported_gpu(device: torch.device, images: int, floats: int) -> str | None:
-    """Why a GPU, or Python here, cannot run the kernel; None where nothing is known against it.
+    """Why a GPU, or this Python, cannot run the kernel; None where no reason is known.
 
     Args:
         device: the GPU.
@@ -67,7 +67,7 @@ def _has_bindings() -> bool:
 
 
 def prelude(network: Network, images: int, threads: int = THREADS) -> str:
-    """What hopper.cu needs before it.
+    """The definitions that hopper.cu is compiled with.
 
     Args:
         network: on the CPU.

@@ -25,7 +25,7 @@ PRECISIONS = {"no": "float32", "bf16": "bf16", "fp16": "fp16"}
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The mode that a run gets, for which job, and why it gets no faster one.
+    """The mode that a run gets, its job, and why faster modes were passed over.
 
     Attributes:
         mode: the class of the steps.
@@ -57,15 +57,15 @@ class Plan:
 
 
 def names() -> list[str]:
-    """What `--step` may be."""
+    """The values that `--step` accepts."""
     return ["auto", *(mode.name for mode in reversed(MODES))]
 
 
 def check_name(name: str) -> None:
-    """Refuses what is no name of a mode.
+    """Refuses an unknown mode.
 
     Raises:
-        InputError: it is none.
+        InputError: no mode has this name.
     """
     if name not in names():
         raise InputError(f"--step {name}: unknown, the modes are {', '.join(names())}")

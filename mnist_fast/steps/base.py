@@ -1,4 +1,4 @@
-"""What all step modes share: what goes in, what they train, and a step by backpropagation."""
+"""Inputs and state that all step modes share, and a step by backpropagation."""
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ OptimizerState = list[dict[str, Tensor]]  # of each parameter, by name
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is fixed for a run, as far as its steps need it.
+    """The facts about a run that its steps need.
 
     Attributes:
         config: the run's choices.
@@ -40,7 +40,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What changes from call to call.
+    """The values that change from step to step.
 
     Attributes:
         learning_rate: of the step.
@@ -69,7 +69,7 @@ class Settings:
 
 
 class TrainState:
-    """What training changes, besides the optimiser's state.
+    """All that training changes, except the optimiser's state.
 
     Attributes:
         network: the bare network, on the device. A mode may put its own form in its place.
@@ -148,7 +148,7 @@ def floats(network: nn.Module) -> list[Tensor]:
 
 
 def by_name(optimizer_state: OptimizerState) -> dict[str, Tensor]:
-    """What the optimiser keeps, by name."""
+    """The optimiser's tensors by name."""
     return {
         f"optimizer/{index}/{name}": tensor
         for index, kept in enumerate(optimizer_state)
@@ -159,7 +159,7 @@ def by_name(optimizer_state: OptimizerState) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def unchanged(state: TrainState, optimizer_state: OptimizerState) -> Iterator[None]:
-    """Puts all that training changes, and the generators, back afterwards."""
+    """Restores all that training changes, and the generators, at the end of the block."""
     tensors = [
         *(t.data for _, network in state.networks() for t in network.parameters()),
         *(t for _, network in state.networks() for t in network.buffers()),
@@ -181,7 +181,7 @@ class Step(Protocol):
         name: as `--step` names it.
         devices: types of the devices that it runs on.
         precisions: that it supports.
-        min_images: of a run; for fewer, setting it up costs more than it gives.
+        min_images: with fewer in a run, setting the mode up costs more than it saves.
         optimizer_state: what the optimiser keeps of each parameter.
     """
 
@@ -202,7 +202,7 @@ class Step(Protocol):
         """Sets the mode up for a job; it trains the state."""
 
     def warm_up(self, example: Batch) -> None:
-        """Compiles and captures; nothing that training depends on is changed by it.
+        """Compiles and captures; changes nothing that training depends on.
 
         Call it while no other thread uses the GPU: CUDA forbids that during a capture.
 
@@ -215,10 +215,10 @@ class Step(Protocol):
         """Trains on this process's part of a global batch; does not wait for the device."""
 
     def parameters_changed(self) -> None:
-        """Is to be called when somebody else has changed the parameters."""
+        """Call it after the parameters were changed from outside."""
 
     def close(self) -> None:
-        """Gives graphs and modules back; to be called before the process group goes."""
+        """Releases graphs and modules; call it before the process group is destroyed."""
 
 
 def sum_of_losses(log_probabilities: Tensor, labels: Tensor, smoothing: float) -> Tensor:
@@ -261,7 +261,7 @@ class BackpropStep:
             network.to(memory_format=torch.channels_last)
 
     def set_up_optimizer(self) -> OptimizerState:
-        """Builds what takes the steps, with the state that its first step would create."""
+        """Builds the optimiser, with the state that its first step would create."""
         self.optimizer = build_optimizer(self.config, self._parameters)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate
@@ -270,7 +270,7 @@ class BackpropStep:
         return [self.optimizer.state[parameter] for parameter in self._parameters]
 
     def warm_up(self, example: Batch) -> None:
-        """Has nothing to compile."""
+        """Does nothing: there is nothing to compile."""
 
     def run(self, batch: Batch, settings: Settings) -> None:
         """Trains on this process's part of a global batch; does not wait for the device."""
@@ -278,7 +278,7 @@ class BackpropStep:
         self.body(batch)
 
     def write_settings(self, batch: Batch, settings: Settings) -> None:
-        """Writes what the next step reads."""
+        """Writes the settings into the tensors that the next step reads."""
         self._rate.fill_(settings.learning_rate)
         self._position.fill_(batch.position)
         if settings.augment_key != self._settings.augment_key:
@@ -307,7 +307,7 @@ class BackpropStep:
         return augment(self.config, images, positions, self._key)
 
     def gradients(self, inputs: Tensor, labels: Tensor, batch: Batch) -> Tensor:
-        """Leaves the gradients in the parameters; returns what is added to the totals.
+        """Computes the parameters' gradients; returns the numbers to add to the totals.
 
         The loss is the global batch's mean: each process's sum is weighted so that the mean of
         the gradients over the processes is exact, also where the parts differ in size.
@@ -318,12 +318,12 @@ class BackpropStep:
         return counts
 
     def clear_gradients(self) -> None:
-        """Is called before a backward pass, so that the last gradients can be read until then."""
+        """Clears the gradients before a backward pass; until then the last ones can be read."""
         for parameter in self._parameters:
             parameter.grad = None
 
     def forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of losses; what is added to the totals."""
+        """Sum of losses, and the numbers to add to the totals."""
         with self.runtime.autocast():
             log_probabilities = self.predict(inputs)
         loss = sum_of_losses(log_probabilities, labels, self.config.label_smoothing)
@@ -344,7 +344,7 @@ class BackpropStep:
         self.optimizer.step()
 
     def parameters_changed(self) -> None:
-        """Has nothing to do: parameters are read where they are."""
+        """Does nothing: parameters are read in place."""
 
     def close(self) -> None:
-        """Has nothing to give back."""
+        """Does nothing: there is nothing to release."""

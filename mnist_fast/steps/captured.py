@@ -41,7 +41,7 @@ class CudaGraph:
         self._graph.replay()
 
     def close(self) -> None:
-        """Gives the graph back, when the device has done all replays."""
+        """Releases the graph after the device has finished all replays."""
         torch.cuda.synchronize()
         self._graph.reset()
 
@@ -54,7 +54,7 @@ class Recording:
         batch: tensors that the graph reads; later batches are copied into them, except for a
             resident feed's pool of images, which is the same in every batch.
         parameters: whose gradients the graph writes.
-        graph_type: `CudaGraph`, or what tests put in its place.
+        graph_type: `CudaGraph`, or its substitute in tests.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class CapturedStep(CompiledStep):
             self.body(batch)
 
     def close(self) -> None:
-        """Gives the graphs back: they hold NCCL's communicator, whose end waits for them."""
+        """Releases the graphs: they hold NCCL's communicator, whose end waits for them."""
         for recording in self._recordings.values():
             recording.graph.close()
         self._recordings.clear()

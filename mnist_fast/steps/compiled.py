@@ -22,7 +22,7 @@ class CompiledStep(BackpropStep):
 
     @staticmethod
     def unsupported_reason(job: Job) -> str | None:
-        """Needs what Inductor builds kernels with."""
+        """Needs the compilers that Inductor uses."""
         return build.why_no_inductor(job.device.type)
 
     def __init__(self, job: Job, state: TrainState, runtime: Runtime):
@@ -52,7 +52,7 @@ class CompiledStep(BackpropStep):
         return (self._augment if whole else augment)(self.config, images, positions, self._key)
 
     def forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of losses; what is added to the totals."""
+        """Sum of losses, and the numbers to add to the totals."""
         whole = len(labels) == self.job.sharding.local_size
         return (self._forward_whole if whole else super().forward)(inputs, labels)
 

@@ -34,8 +34,8 @@ class EagerStep(BackpropStep):
         return self._wrapped(inputs)
 
     def reduce(self) -> None:
-        """Has nothing to do: DDP has averaged the gradients in the backward pass."""
+        """Does nothing: DDP has averaged the gradients in the backward pass."""
 
     def update(self) -> None:
-        """Takes the optimiser's step; fp16's scaler leaves it out where gradients overflowed."""
+        """Takes the optimiser's step; fp16's scaler skips it where gradients overflowed."""
         self._stepper.step()

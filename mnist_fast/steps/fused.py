@@ -75,7 +75,7 @@ class FusedStep:
         self.parameters_changed()
 
     def _lay_out(self, job: Job) -> dict[str, Tensor]:
-        """Puts what the kernel reads and writes into one tensor each; they are kept."""
+        """Allocates and keeps the tensors that the kernel reads and writes."""
         network, device, images = self.state.network, job.device, self._kernel.images
         self._parameters = parameters = list(network.parameters())
         weights = torch.cat([p.detach().flatten() for p in parameters])
@@ -120,7 +120,7 @@ class FusedStep:
         return statistics, counters
 
     def warm_up(self, example: Batch) -> None:
-        """Compiles the augmentation that the kernel does not have."""
+        """Compiles the augmentation that the kernel does not support."""
         if not self._augments:
             self._inputs(example)
 
@@ -166,4 +166,4 @@ class FusedStep:
         self._kernel.pack(self._pointers)
 
     def close(self) -> None:
-        """Has nothing to give back before the process ends."""
+        """Does nothing: the kernel is kept until the process ends."""

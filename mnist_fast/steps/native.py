@@ -70,7 +70,7 @@ class NativeStep(BackpropStep):
         return self._augmentation(batch.images, batch.rows, batch.position, key)
 
     def gradients(self, inputs: Tensor, labels: Tensor, batch: Batch) -> Tensor:
-        """Leaves the gradients in the parameters; returns what is added to the totals."""
+        """Computes the parameters' gradients; returns the numbers to add to the totals."""
         if len(batch) % self._network.lanes:
             return super().gradients(inputs, labels, batch)
         loss, hits = self._network.backpropagate(
