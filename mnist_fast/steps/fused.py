@@ -40,7 +40,7 @@ class FusedStep:
         try:
             floats = hopper.count_activations(job.network)
         except abi.UnsupportedNetwork as error:
-            return f"the network has an {error}"
+            return str(error)
         if reason := hopper.unsupported_gpu(job.device, images, floats):
             return reason
         kernel, reason = hopper.try_kernel(job.network, images)
