@@ -111,7 +111,8 @@ def commands(text):
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words = words[1:]
         words = [word.removeprefix(".venv/bin/") for word in words]
-        if len(words) > 1 and (words[0] in CHECKS or re.match(r"scripts/\w", words[0])):
+        known = words and (words[0] in CHECKS or re.match(r"scripts/\w", words[0]))
+        if known and len(words) > 1 and words[1] != "...":
             yield tuple(words)
 
 
@@ -192,7 +193,7 @@ def check_make(words, folder, _):
 
 
 def check_sbatch(words, folder, _):
-    index = next(i for i, word in enumerate(words) if word.startswith("slurm/"))
+    index = next((i for i, word in enumerate(words) if word.startswith("slurm/")), 0)
     assert (ROOT / words[index]).is_file()
     if "sweep" not in words[index]:
         check_train(words[index + 1 :], folder)
