@@ -1,4 +1,5 @@
 # shellcheck shell=bash
+set -euo pipefail
 # Read by train.sh, seeds.sh and sweep.sh at the top of the repository: makes the job's environment the same, however and
 # from wherever it was submitted, and reads slurm/site.sh. They define fail().
 

@@ -322,7 +322,8 @@ def test_a_run_does_not_outlive_accelerate_launch(small_betons, tmp_path, number
     )
     try:
         limit = time.monotonic() + 120
-        while not (run / "metrics.jsonl").exists() and time.monotonic() < limit:
+        metrics = run / "metrics.jsonl"  # is made before the first step, and written after an epoch
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < limit:
             time.sleep(0.02)
         launcher.send_signal(number)
         _, stderr = launcher.communicate(timeout=60)  # until nobody holds the pipe any more
