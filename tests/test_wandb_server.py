@@ -39,7 +39,9 @@ def track(log, options, folder, environment, epochs, killed, width):
     os.environ.update(environment)
     os.chdir(folder.parent)
     config = load([*options, "--run_dir", str(folder)])
-    tracker = Tracker(config, Runtime(config), folder)
+    runtime = Runtime(config)
+    runtime.set_precision("no")
+    tracker = Tracker(config, runtime, folder)
     tracker.start({}, [make_record(epoch, width) for epoch in range(1, epochs[0])], None)
     for epoch in epochs:
         tracker.log_epoch(make_record(epoch, width))
