@@ -208,14 +208,16 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         x, y = ([row[key] for row in own] for key in ("processes", "median_images_per_second"))
         low = [m - min(row["images_per_second"]) for m, row in zip(y, own, strict=True)]
         high = [max(row["images_per_second"]) - m for m, row in zip(y, own, strict=True)]
-        label = f"{scaling}, {own[-1]['images_per_process']:,} images per process at the right"
+        what = "images in a batch" if scaling == "strong" else "images per process"
+        label = f"{scaling}: {rows[0]['batch_size']:,} {what}"
         left.errorbar(x, y, yerr=[low, high], marker="o", capsize=3, label=label)
         right.plot(x, [100 * row["efficiency"] for row in own], "o-", label=scaling)
-    left.set(xlabel="processes", ylabel="images per second", title=title, ylim=(0, None))
+    left.set(xlabel="processes", ylabel="images per second", ylim=(0, None))
     right.set(xlabel="processes", ylabel="efficiency, %", ylim=(0, 115))
     for axes in (left, right):
         axes.set_xticks(counts)
         axes.legend()
+    figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -239,8 +241,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     if options.epochs < 2:
         raise InputError("--epochs is 1: give at least 2, of which the first does not count")
     if options.gpus and max(options.processes) > options.gpus:
-        fault = f"--processes {max(options.processes)}: there are {options.gpus} GPUs"
-        raise InputError(f"{fault}, and each process needs one")
+        fault = f"--processes {max(options.processes)}: there is a GPU for {options.gpus} of them"
+        raise InputError(f"{fault}: give at most so many")
     choices = ["--epochs", str(options.epochs), *choices]
     if not options.gpus:  # the same for every case, so that a process has as much as another
         choices = ["--threads", str(max(1, cpus // max(options.processes))), *choices]
