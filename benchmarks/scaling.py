@@ -222,11 +222,17 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def default_counts(available: int, batch_size: int) -> list[int]:
+    """1, 2, 4, ... processes and as many as there are GPUs or CPUs, where they share the batch."""
+    powers = {2**power for power in range(available.bit_length())}
+    return sorted(count for count in powers | {available} if batch_size % count == 0)
+
+
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """The options, the defaults that depend on the machine filled in, and train.py's options."""
     parser = records.build_parser(__doc__, rounds=3)
     add, count = parser.add_argument, records.count
-    add("--processes", type=count, nargs="+", help="(default: 1, 2, 4, ... and all GPUs or CPUs)")
+    add("--processes", type=count, nargs="+", help="(default: 1, 2, 4, ... and one per GPU or CPU)")
     add("--batch_size", type=count, default=512, help="of one process (default: 512)")
     epochs = f"of each run (default: {EPOCHS_ON_CPU}, on GPUs {EPOCHS_ON_GPU})"
     add("--epochs", type=count, help=epochs)
@@ -235,8 +241,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     options.gpus = 0 if on_cpu else count_gpus()
     cpus = len(os.sched_getaffinity(0))
     available = options.gpus or cpus
-    powers = {2**power for power in range(available.bit_length()) if 2**power <= available}
-    options.processes = options.processes or sorted(powers | {available})
+    options.processes = options.processes or default_counts(available, options.batch_size)
     options.epochs = options.epochs or (EPOCHS_ON_GPU if options.gpus else EPOCHS_ON_CPU)
     if options.epochs < 2:
         raise InputError("--epochs is 1: give at least 2, of which the first does not count")

@@ -130,6 +130,8 @@ def test_scaling_keeps_the_batch_or_the_images_of_each_process():
     assert [case.processes for case in cases] == [1, 2, 2, 4, 4]
     assert {case.batch_size for case in cases if case.scaling != "weak"} == {64}
     assert {case.share for case in cases if case.scaling != "strong"} == {64}
+    assert scaling.default_counts(6, 64) == [1, 2, 4]
+    assert scaling.default_counts(6, 48) == [1, 2, 4, 6]
 
 
 def test_the_first_epoch_does_not_count_as_speed(tmp_path):
