@@ -147,15 +147,20 @@ def run(main: Callable[[], int], program: str) -> int:
 
 
 def write(
-    name: str, options: argparse.Namespace, summary: dict[str, Any], results: dict[str, Any]
+    name: str,
+    options: argparse.Namespace,
+    summary: dict[str, Any],
+    results: dict[str, Any],
+    suffix: str = "",
 ) -> None:
-    """Writes NAME.json to the folder of results.
+    """Writes NAME.json, or NAME-SUFFIX.json, to the folder of results.
 
     Args:
         name: of the benchmark.
         options: the benchmark's.
         summary: `summary.json` of its last run, which tells hardware, versions and choices.
         results: what was measured.
+        suffix: tells records of one benchmark apart.
     """
     record = {
         "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
@@ -165,4 +170,5 @@ def write(
         "load_average_after": os.getloadavg()[0],
     }
     text = json.dumps(record, indent=1) + "\n"
-    (options.out / f"{name}.json").write_text(text, encoding="utf-8")
+    file = f"{name}-{suffix}.json" if suffix else f"{name}.json"
+    (options.out / file).write_text(text, encoding="utf-8")

@@ -13,7 +13,7 @@ import torch
 from mnist_fast.errors import RunError
 from mnist_fast.model import build_network
 
-LAUNCHING = ("two_processes", "tracking_cost", "startup")
+LAUNCHING = ("scaling", "tracking_cost", "startup")
 SCRIPTS = ("throughput", "notebook_baseline", "time_to_accuracy", *LAUNCHING)
 
 
@@ -87,8 +87,10 @@ def test_help_tells_the_options(script):
     ("script", "arguments", "fault"),
     [
         *((script, ["--rounds", 0], "argument --rounds: '0'") for script in LAUNCHING),
-        ("two_processes", ["--epochs", 0], "epochs is 0"),
-        ("two_processes", ["--run_dir", "mine"], "--run_dir is chosen here"),
+        ("scaling", ["--epochs", 1], "give at least 2"),
+        ("scaling", ["--run_dir", "mine"], "--run_dir is chosen here"),
+        ("scaling", ["--processes", 3], "not divisible by 3 processes"),
+        ("scaling", ["--learning_rate", -1], "learning_rate is -1"),
         ("throughput", ["--data_dir", "nowhere"], "nowhere"),
         ("throughput", ["--minutes", "nan"], "argument --minutes: 'nan'"),
         ("time_to_accuracy", ["--from_epochs", 99], "no schedule has that"),
@@ -118,6 +120,46 @@ def test_a_folder_that_cannot_be_written_is_refused_first(script, small_betons, 
     done = bench(script, *options, timeout=100, status=2)
     assert "choose another --out" in done.stderr
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_scaling_keeps_the_batch_or_the_images_of_each_process():
+    from benchmarks import scaling
+
+    cases = scaling.list_cases([4, 1, 2, 2], 64)
+    assert [case.scaling for case in cases] == ["single", "strong", "weak", "strong", "weak"]
+    assert [case.processes for case in cases] == [1, 2, 2, 4, 4]
+    assert {case.batch_size for case in cases if case.scaling != "weak"} == {64}
+    assert {case.share for case in cases if case.scaling != "strong"} == {64}
+    assert scaling.default_counts(6, 64) == [1, 2, 4]
+    assert scaling.default_counts(6, 48) == [1, 2, 4, 6]
+
+
+def test_the_first_epoch_does_not_count_as_speed(tmp_path):
+    from benchmarks import scaling
+
+    epochs = [(100, 1), (1, 300), (3, 100)]  # seconds, images per second
+    lines = [json.dumps({"epoch_seconds": s, "images_per_second": i}) for s, i in epochs]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert scaling.read_speed(tmp_path / "metrics.jsonl") == 600 / 4
+
+
+@pytest.mark.slow
+def test_scaling(small_betons, tmp_path):
+    options = ("--processes", 1, 2, "--batch_size", 64, "--rounds", 1, "--data_dir", small_betons)
+    train = ("--dataset", "digits", "--step", "eager")
+    done = bench("scaling", *options, *train, "--out", tmp_path, timeout=280)
+    record = json.loads((tmp_path / "scaling-cpu.json").read_text())
+    assert (record["backend"], record["n"]) == ("gloo", 1)
+    single, strong, weak = record["results"]
+    assert (single["speedup"], single["efficiency"], single["exchange_share"]) == (1, 1, None)
+    for row, size in ((strong, 64), (weak, 128)):
+        assert (row["processes"], row["batch_size"], row["step"]) == (2, size, "eager")
+        (speed,), (apart,) = row["images_per_second"], row["images_per_second_apart"]
+        assert row["speedup"] == pytest.approx(speed / single["images_per_second"][0])
+        assert row["efficiency"] == pytest.approx(row["speedup"] / 2)
+        assert row["exchange_share"] == pytest.approx(1 - speed / apart)
+        assert f"| {row['scaling']} | 2 | {size} |" in done.stdout
+    assert (tmp_path / "scaling-cpu.png").stat().st_size > 5000
 
 
 def test_what_is_launched_ends_with_the_benchmark(monkeypatch):

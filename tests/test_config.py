@@ -81,6 +81,14 @@ def test_every_recipe_loads_and_states_what_it_is(name):
     assert {key: chosen[key] for key in recipe} == recipe
 
 
+def test_scale_is_fast_with_a_batch_for_eight_gpus():
+    fast, scale = read_recipe("fast"), read_recipe("scale")
+    changed = {key for key in scale if scale[key] != fast.get(key)}
+    assert changed == {"batch_size", "optimizer", "learning_rate"}
+    assert not fast.keys() - scale.keys()
+    assert scale["batch_size"] == 8 * fast["batch_size"]
+
+
 def test_the_resolved_choices_come_back_through_config(tmp_path):
     options = ["--recipe", "notebook", "--epochs", "3", "--learning_rate", "1e-3"]
     options += ["--precision", "no", "--run_dir", "runs/no", "--drop_last", "true"]
