@@ -128,14 +128,19 @@ def _first(reasons: list[str | None]) -> str | None:
 
 
 def small_shares(sharding: Sharding) -> str | None:
-    """What to do where several GPUs share batches too small for one of them; None elsewhere."""
+    """Advice where several GPUs share batches too small for one of them; None elsewhere.
+
+    Muon's rate grows with the square root of the batch: docs/speed.md, "How to scale the batch".
+    """
     processes, size = sharding.world_size, sharding.local_size
     if processes == 1 or size >= WORTH_A_GPU:
         return None
+    rate = 0.05 * processes**0.5
     return (
         f"{processes} processes share each batch of {sharding.batch_size} images, {size} each, "
         f"which keeps no GPU busy: one process may be as fast (--num_processes 1 of the launcher), "
-        f"and --batch_size {processes * WORTH_A_GPU} gives each enough to do (see --recipe scale)"
+        f"or give each {WORTH_A_GPU}: --recipe scale --batch_size {processes * WORTH_A_GPU} "
+        f"--learning_rate {rate:.2g}"
     )
 
 
