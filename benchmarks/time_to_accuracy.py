@@ -35,6 +35,7 @@ from mnist_fast.files import write_atomically
 from mnist_fast.provenance import versions
 from mnist_fast.run_folder import make_writable
 from mnist_fast.runtime import Runtime
+from mnist_fast.steps import check_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -194,6 +195,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         if schedule[0] >= options.from_epochs
         and (not options.batch_sizes or schedule[1] in options.batch_sizes)
     ]
+    check_name(options.step)
     if not options.schedules:
         parser.error("no schedule has that --batch_sizes and --from_epochs")
     make_writable(options.out, "--out")

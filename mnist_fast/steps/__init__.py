@@ -83,6 +83,7 @@ def plan(config: Config, network: Network, runtime: Runtime, sharding: Sharding)
     Raises:
         InputError: what is asked for by name is not supported, on this process or on another.
     """
+    check_name(config.step)
     wanted, default, notes = _agree_on_precision(config, runtime)
     if runtime.device.type == "cuda" and (note := small_shares(sharding)):
         notes = (*notes, note)
