@@ -1,6 +1,7 @@
 """Trains the network: `accelerate launch train.py --help` lists the options."""
 
 import gc
+import traceback
 
 from mnist_fast import signals
 from mnist_fast.errors import InputError, leave, run_main
@@ -27,6 +28,10 @@ def main() -> int:
 if __name__ == "__main__":
     signals.install()  # before the slow imports: a request to stop may come at any time
     signals.follow_launcher()
-    status = run_main(main, "train.py")
+    try:
+        status = run_main(main, "train.py")
+    except Exception:  # Python's own way out waits for graphs and for other processes
+        traceback.print_exc()
+        status = 1
     signals.ignore()  # the exit status is settled
     leave(status)

@@ -19,6 +19,7 @@ import helpers
 from safetensors.torch import load_file
 
 from mnist_fast import checkpoint
+from mnist_fast.resume import check_state
 
 LIMIT = 200  # seconds that a run of the digits may take on a busy machine
 
@@ -132,7 +133,7 @@ def status(folder):
 
 def newest(folder):
     """Step of the newest valid checkpoint of a run, None without one."""
-    found, _ = checkpoint.load_newest(folder / "checkpoints")
+    found, _ = checkpoint.load_newest(folder / "checkpoints", check_state)
     return found and found.state["global_step"]
 
 

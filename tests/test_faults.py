@@ -82,7 +82,11 @@ def test_killed_at_random_moments(options, reference, tmp_path):
                 checkpoints = faults.checkpoint.newest_first(run / "checkpoints")
                 assert not checkpoints or newest(run)
                 assert len(checkpoints) == len(
-                    [path for path in checkpoints if faults.checkpoint.load(path)]
+                    [
+                        path
+                        for path in checkpoints
+                        if faults.checkpoint.load(path, faults.check_state)
+                    ]
                 )
             else:
                 assert ended == 0, process.said()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from stepping import Trained
 
+from mnist_fast import steps
 from mnist_fast.cli import load
 from mnist_fast.config import Config
 from mnist_fast.data import ResidentFeed, Sharding, StreamFeed, read_all
@@ -23,6 +24,7 @@ from mnist_fast.runtime import Runtime
 from mnist_fast.steps.captured import CapturedStep
 from mnist_fast.steps.compiled import CompiledStep
 from mnist_fast.steps.eager import EagerStep
+from mnist_fast.steps.fused import FusedStep
 
 GPUS = torch.cuda.device_count()
 HAS_BF16 = GPUS > 0 and torch.cuda.get_device_capability() >= (8, 0)
@@ -45,6 +47,14 @@ def gpu_runtime(in_process):
     runtime = Runtime(Config())
     assert runtime.device.type == "cuda"
     return runtime
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew():
+    """Torch gives up on a function that was compiled too often, and runs it eagerly."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +108,26 @@ def test_modes_train_as_eager_does(gpu_runtime, pool, words, mode, precision):
     config = dataclasses.replace(load(list(words)), precision=precision, epochs=2)
     ours = trained(config, gpu_runtime, pool, mode)
     eager = trained(config, gpu_runtime, pool, EagerStep)
-    start = trained(config, gpu_runtime, pool, EagerStep, epochs=0)
-    moved = (flat(eager) - flat(start)).norm()
-    assert (flat(ours) - flat(eager)).norm() < (0.05 if precision == "no" else 0.3) * moved
+    # the loss: AdamW turns the rounding of gradients of zero into whole steps of weights
+    assert ours.totals[0].item() == pytest.approx(eager.totals[0].item(), rel=0.03)
     assert ours.totals[2] == eager.totals[2] == 2 * POOL
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_fused_steps_are_planned_built_and_train(gpu_runtime, pool, optimizer):
+    config = dataclasses.replace(load([]), step="fused", optimizer=optimizer, batch_size=64)
+    sharding = Sharding(POOL, BATCH, True)
+    if reason := reason_against_fused(config, gpu_runtime, sharding):
+        pytest.skip(reason)
+    ours = trained(config, gpu_runtime, pool, None)
+    eager = trained(dataclasses.replace(config, step="eager"), gpu_runtime, pool, EagerStep)
+    assert ours.mode == "fused"
+    assert ours.totals[0].item() == pytest.approx(eager.totals[0].item(), rel=0.03)
+
+
+def reason_against_fused(config, runtime, sharding):
+    job = steps.Job(config, build_network(), runtime.device, "no", sharding)
+    return steps.unsupported_reason(FusedStep, job)
 
 
 @needs_triton
@@ -136,11 +162,13 @@ def test_fp16_survives_an_overflow_and_keeps_its_scale(gpu_runtime, pool):
     config = dataclasses.replace(load([]), precision="fp16", epochs=2)
     step = trained(config, gpu_runtime, pool, EagerStep, epochs=1)
     scaler = gpu_runtime.accelerator.scaler
-    before, scale = flat(step), scaler.get_scale()
+    before = [parameter.detach().clone() for parameter in step.network.parameters()]
+    scale = scaler.get_scale()
     scaler._scale.fill_(2.0**40)  # the next gradients overflow
     batch = next(iter(ResidentFeed(*pool, step.sharding, 1).epoch(1)))
     step(batch, 0.01)
-    assert torch.equal(flat(step)[: len(before)].isfinite(), before.isfinite())
+    after = [parameter.detach().clone() for parameter in step.network.parameters()]
+    assert all(map(torch.equal, before, after))  # the step was left out
     assert scaler.get_scale() < 2.0**40
     kept = gpu_runtime.scaler_state()
     scaler._scale.fill_(1.0)
@@ -206,6 +234,7 @@ def test_every_optimiser_trains(tmp_path, small_betons, step, optimizer):
     assert summary["test_accuracy"] > 75
 
 
+@pytest.mark.skipif(not HAS_BF16, reason="this GPU does not support bf16")
 def test_the_launch_configuration_trains_in_bf16(tmp_path, small_betons):
     folder = tmp_path / "run"
     done = helpers.accelerate_launch(
@@ -220,8 +249,15 @@ def test_the_launch_configuration_trains_in_bf16(tmp_path, small_betons):
 
 
 def test_a_run_told_to_use_the_cpu_leaves_the_gpu_alone(tmp_path, small_betons):
-    environment = {"ACCELERATE_USE_CPU": "true"}
-    folder = run_dir_of(tmp_path, "run", small_betons, "--epochs", "1", environment=environment)
+    folder = tmp_path / "run"  # not by accelerate launch, which sets the variable itself
+    done = helpers.train_script(
+        *("--dataset", "digits", "--data_dir", small_betons, "--run_dir", folder),
+        *("--wandb", "disabled", "--epochs", "1"),
+        cwd=tmp_path,
+        timeout=250,
+        environment={"ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode == 0, done.stderr[-2_000:]
     summary = helpers.read_summary(folder)
     assert summary["precision"] == "no"
     assert summary["device"] != torch.cuda.get_device_name()
@@ -234,8 +270,6 @@ def test_two_ranks_share_one_gpu_over_gloo(tmp_path, small_betons):
         "import sys, torch, torch.distributed as dist\n"
         "from accelerate import PartialState\n"
         "PartialState(backend='gloo')\n"
-        "torch.cuda.set_device(0)\n"
-        "PartialState().device = torch.device('cuda', 0)\n"
         "from mnist_fast.cli import load\n"
         "from mnist_fast.loop import train\n"
         "train(load(sys.argv[1:]))\n"
@@ -247,6 +281,7 @@ def test_two_ranks_share_one_gpu_over_gloo(tmp_path, small_betons):
         *("--wandb", "disabled", "--epochs", "2", "--step", "eager", "--precision", "no"),
         cwd=tmp_path,
         timeout=250,
+        environment={"ACCELERATE_BYPASS_DEVICE_MAP": "true"},  # DDP takes the rank for the GPU
     )
     assert done.returncode == 0, done.stderr[-2_000:]
     assert helpers.read_summary(folder)["world_size"] == 2

@@ -21,7 +21,7 @@ from mnist_fast.errors import InputError
 from mnist_fast.kernels import build, cpu
 from mnist_fast.model import build_network
 from mnist_fast.runtime import Runtime
-from mnist_fast.steps.base import sum_of_losses
+from mnist_fast.steps.base import TrainState, sum_of_losses
 
 SHARDING = Sharding(300, 64, drop_last=False)  # 4 batches of 64 and one of 44
 RATES = [0.05, 0.1, 0.02, 0.08, 0.03]
@@ -318,6 +318,14 @@ def test_a_launchers_bf16_is_left_where_a_gpu_emulates_it(monkeypatch):
     found = plan_of(Config(), Sharding(60_000, 128, True), "cuda", build_network())
     assert (found.mode.name, found.job.precision) == ("captured", "no")
     assert "The launcher asked for bf16" in found.describe()
+
+
+def test_the_plans_network_stays_where_kernels_can_describe_it():
+    """The run moves its own to the device, in place."""
+    network = build_network()
+    found = plan_of(Config(step="eager"), Sharding(60_000, 128, True), network=network)
+    TrainState(found.job.config, network, torch.device("meta"))
+    assert all(p.device.type == "cpu" for p in found.job.network.parameters())
 
 
 def test_a_cpu_run_on_a_machine_with_a_gpu_trains_natively(monkeypatch, in_process):

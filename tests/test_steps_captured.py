@@ -175,6 +175,21 @@ def test_graphs_are_given_back(rerun, runtime, pool, monkeypatch):
     assert not step.step._recordings
 
 
+def test_a_part_that_is_whole_in_a_smaller_batch_is_no_replay(rerun, runtime, pool):
+    """15 of 16 images are 7 and 8 on two processes: the graph holds the weight of 16."""
+    sharding = Sharding(76, 16, False, rank=1, world_size=2)
+    config = dataclasses.replace(CONFIG, plain_epochs=0, ema_decay=0.0)
+    step = Trained(config, build_network("notebook", 0.1), runtime, sharding, CapturedStep)
+    step.warm_up(ResidentFeed(*pool, sharding, 1).example())
+    taken = []
+    step.step.body = taken.append
+    rows = torch.arange(8)
+    step(Batch(*pool, rows, 8, 16), 0.0)
+    assert not taken
+    step(Batch(*pool, rows, 7, 15), 0.0)
+    assert len(taken) == 1
+
+
 def test_captured_needs_a_gpu():
     with pytest.raises(InputError, match="--step captured: it needs a GPU: use --step auto"):
         plan_of(dataclasses.replace(LONG, step="captured"), MNIST)
@@ -229,9 +244,8 @@ from torch import distributed
 import test_steps_captured as t
 from mnist_fast.runtime import Runtime
 
-step_module.resolve_mode = lambda config, *_: config.step
 torch.compile = lambda function, **_: function
-t.TrainingStep.graph_type = t.Rerun
+t.CapturedStep.graph_type = t.Rerun
 runtime = Runtime(t.Config(precision="no", threads=1))
 torch.manual_seed(3)
 images, labels = torch.randint(0, 256, (76, 1, 28, 28), dtype=torch.uint8), torch.arange(76) % 10

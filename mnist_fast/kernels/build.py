@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,9 +50,10 @@ def cpp_compiler() -> str | None:
 
 
 def c_compiler() -> str | None:
-    """The C compiler that Triton builds its driver with: $CC, or the first that is installed."""
-    names = (os.environ.get("CC", ""), "gcc", "clang", "cc")
-    return next((path for name in names if name and (path := shutil.which(name))), None)
+    """The C compiler that Triton builds its driver with: $CC where that is set, gcc or clang."""
+    chosen = os.environ.get("CC")
+    names = ("gcc", "clang") if chosen is None else (chosen,)
+    return next((path for name in names if (path := shutil.which(name))), None)
 
 
 def load_cpp(source: Path, headers: Sequence[Path]) -> ctypes.CDLL:
@@ -192,12 +194,15 @@ def call_cuda(answer: tuple[Any, ...]) -> Any:
 def prepare_inductor(device_type: str) -> None:
     """Keeps Inductor's kernels in the user's cache, and lets it choose none by timing on GPUs.
 
+    A program may compile the same function for many shapes; torch gives up after eight, silently.
+
     /tmp, torch's choice for the cache, often ends with a job. Where the user has no cache, or
     TORCHINDUCTOR_CACHE_DIR is set, the place is not changed.
     """
     with contextlib.suppress(OSError, RuntimeError):
         folder = cache_folder("inductor")
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    torch._dynamo.config.cache_size_limit = 64
     if device_type == "cuda":
         from torch._inductor import config
 
@@ -211,6 +216,8 @@ def why_no_inductor(device_type: str) -> str | None:
         return None if cpp_compiler() else "there is no C++ compiler: install g++"
     if c_compiler() is None:
         return "there is no C compiler, which Triton needs: install gcc"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "there is no Python.h, which Triton needs: install python3-dev"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     return None

@@ -1,5 +1,6 @@
 """Step modes: `plan` decides which one a run gets, in which precision, and says why."""
 
+import copy
 import dataclasses
 import os
 
@@ -89,6 +90,7 @@ def plan(config: Config, network: Network, runtime: Runtime, sharding: Sharding)
         notes = (*notes, note)
     images = config.epochs * sharding.samples
     passed_over: dict[str, str] = {}
+    network = copy.deepcopy(network)  # the run moves its own to the device
     for mode in _candidates(config.step, runtime.device):
         precision = wanted or (default if default in mode.precisions else "no")
         job = Job(config, network, runtime.device, precision, sharding)

@@ -263,11 +263,15 @@ class BackpropStep:
     def set_up_optimizer(self) -> OptimizerState:
         """Builds the optimiser, with the state that its first step would create."""
         self.optimizer = build_optimizer(self.config, self._parameters)
+        self.wrap()
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate
         for parameter in self._parameters:
             self.optimizer.state[parameter].update(first_state(self.config, parameter))
         return [self.optimizer.state[parameter] for parameter in self._parameters]
+
+    def wrap(self) -> None:
+        """Wraps network and optimiser where a mode needs it, before rate and state are set."""
 
     def warm_up(self, example: Batch) -> None:
         """Does nothing: there is nothing to compile."""

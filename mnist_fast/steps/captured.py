@@ -111,7 +111,8 @@ class CapturedStep(CompiledStep):
         """Trains on this process's part of a global batch; does not wait for the device."""
         self.write_settings(batch, settings)
         recording = self._recordings.get(settings.augmented)
-        if recording is not None and len(batch) == self.job.sharding.local_size:
+        # by the global size: where that is smaller, a process's part may still be whole
+        if recording is not None and batch.global_size == self.job.sharding.batch_size:
             recording.run(batch)
         else:
             self.body(batch)

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mnist_fast.steps.base import BackpropStep, Job, OptimizerState
+from mnist_fast.steps.base import BackpropStep, Job
 
 
 class EagerStep(BackpropStep):
@@ -20,14 +20,9 @@ class EagerStep(BackpropStep):
         """Supports every job."""
         return None
 
-    def set_up_optimizer(self) -> OptimizerState:
-        """Wraps network and optimiser, and then sets the rate's tensor, which wrapping copies."""
-        optimizer_state = super().set_up_optimizer()
-        prepared = self.runtime.prepare(self.state.network, self.optimizer)
-        self._wrapped, self._stepper = prepared
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate
-        return optimizer_state
+    def wrap(self) -> None:
+        """Wraps network and optimiser in Accelerate's own, which may copy rate and state."""
+        self._wrapped, self._stepper = self.runtime.prepare(self.state.network, self.optimizer)
 
     def predict(self, inputs: Tensor) -> Tensor:
         """Log-probabilities (batch, classes), through DDP where there are several processes."""
