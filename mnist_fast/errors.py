@@ -76,9 +76,18 @@ def one_line(error: BaseException) -> str:
 
 def report_error(error: _OneLineError | Stopped, program: str) -> int:
     """Prints an error as one line on standard error and returns its exit status."""
-    if not (error.shared and int(os.environ.get("RANK", 0))):
-        print(f"{program}: error: {one_line(error)}", file=sys.stderr, flush=True)
+    if not (error.shared and _rank()):
+        with contextlib.suppress(OSError):  # a full disk, a closed pipe: the status tells it too
+            print(f"{program}: error: {one_line(error)}", file=sys.stderr, flush=True)
     return 2 if isinstance(error, InputError) else 1
+
+
+def _rank() -> int:
+    """This process's rank in its group; 0 without one, whatever variables another job has left."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        return 0
+    return distributed.get_rank()
 
 
 def open_standard_streams() -> None:

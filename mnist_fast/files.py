@@ -1,5 +1,6 @@
 """Safe reads and atomic writes of files, and lines on standard output."""
 
+import contextlib
 import errno
 import os
 import stat
@@ -50,7 +51,8 @@ def say(message: str) -> None:
         print(message, flush=True)
     except OSError as error:
         drop_output()
-        print(f"standard output: {error.strerror}: going on without it", file=sys.stderr)
+        with contextlib.suppress(OSError):  # often both go to one place
+            print(f"standard output: {error.strerror}: going on without it", file=sys.stderr)
 
 
 def drop_output() -> None:

@@ -23,6 +23,7 @@ UNSUPPORTED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
     "ACCELERATE_USE_SAGEMAKER": "SageMaker",
 }
+TRUE = ("1", "true", "yes", "on", "t", "y")  # as Accelerate reads its environment
 FALSE = ("", "0", "false", "no", "off", "f", "n")
 
 
@@ -43,6 +44,12 @@ def check_accelerate(environment: Mapping[str, str]) -> None:
     steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("", "1"):
         told.append(f"gradient accumulation over {steps} steps (here: a larger --batch_size)")
+    for variable in ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE"):
+        value = environment.get(variable, "")
+        if value.lower() not in (*TRUE, *FALSE):
+            raise InputError(f"{variable} is {value}: set it to true or false, or unset it")
+    if environment.get("ACCELERATE_TORCH_DEVICE"):
+        raise InputError("ACCELERATE_TORCH_DEVICE is not supported: unset it")
     if told:
         remedy = "start with accelerate launch --config_file accelerate_config.yaml"
         raise InputError(
@@ -74,6 +81,11 @@ def check_launch_environment(environment: Mapping[str, str], gpu: bool) -> None:
         if not (value.isdecimal() and int(value) >= LEAST[name]):
             fault = f"{name} has to be a whole number from {LEAST[name]} on"
             raise InputError(f"environment: {told}: {fault}; {remedy}")
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if rank in found and size in found and int(found[rank]) >= int(found[size]):
+            raise InputError(f"environment: {told}: {rank} has to be below {size}; {remedy}")
+    if int(found.get("RANK", "0")) and "WORLD_SIZE" not in found:
+        raise InputError(f"environment: {told} without WORLD_SIZE: {remedy}")
     needed = ["MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"] if gpu else ["MASTER_ADDR"]
     missing = [name for name in needed if not environment.get(name)]
     if missing and takes_several(found, gpu):

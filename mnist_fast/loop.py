@@ -66,6 +66,7 @@ class Run:
     def __init__(self, config: Config):
         steps.check_name(config.step)
         check_name(config.network)
+        resume.check_exists(config)
         self.parts = timing.Parts()
         self.parts.end("imports")
         self.config = config

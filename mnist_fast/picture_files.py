@@ -138,8 +138,12 @@ def to_grey(image: Image.Image) -> NDArray[np.float32]:
     if not visible.size:
         raise ImageError("wholly transparent")
     low, middle, high = np.percentile(visible, (5, 50, 95))
-    # strokes alone are seen on the opposite of their colour, a card on more of its own
-    background = middle if high - low > 0.25 else float(middle < 0.5)
+    rows, columns = np.nonzero(alpha > 0.5)
+    box = (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+    # strokes alone, whose soft edges are grey, are seen on the opposite of their colour; a card,
+    # which fills its box, on more of its own
+    is_card = high - low > 0.25 and len(rows) > 0.7 * box
+    background = middle if is_card else float(middle < 0.5)
     return (grey * alpha + background * (1 - alpha)).astype(np.float32)
 
 

@@ -1,5 +1,6 @@
 """`python -m mnist_fast.predict WEIGHTS IMAGE...`: reads the digit in each image file."""
 
+import contextlib
 import json
 import os
 import signal
@@ -152,7 +153,8 @@ def show(results: Iterable[dict[str, Any]], as_json: bool) -> int:
         if "error" in result:
             faults += 1
             name = printable(result["file"])
-            print(f"{PROGRAM}: {name}: {result['error']}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # nobody reads it: the others are still answered
+                print(f"{PROGRAM}: {name}: {result['error']}", file=sys.stderr, flush=True)
         elif not as_json:
             percent = f"{100 * result['probability']:.1f} %"
             _print(f"{printable(result['file'])}  {result['digit']}  {percent}")

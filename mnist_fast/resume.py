@@ -190,6 +190,18 @@ def restore_generators(states: dict[str, Tensor], device: torch.device) -> None:
 # Whether a run may go on there
 
 
+def check_exists(config: Config) -> None:
+    """Refuses a --resume that names nothing, before a folder is made for the run.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
+        raise InputError(
+            f"--resume: {config.resume}: No such file or directory: name a checkpoint's folder"
+        )
+
+
 def find(config: Config, folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint that a run goes on from; None where it starts from the beginning.
 

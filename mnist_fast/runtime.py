@@ -15,15 +15,15 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
+from mnist_fast import signals
 from mnist_fast.augment import derive_key
 from mnist_fast.config import Config
 from mnist_fast.errors import InputError, RunError, one_line
-from mnist_fast.launch_environment import check_accelerate, check_launch_environment
+from mnist_fast.launch_environment import TRUE, check_accelerate, check_launch_environment
 from mnist_fast.provenance import device_name
 
 T = TypeVar("T")
 
-TRUE = ("1", "true", "yes", "on", "t", "y")  # as Accelerate reads its environment
 STOP_INTERVAL = 8  # steps from one agreement on a stop to the next
 
 
@@ -40,13 +40,13 @@ class Runtime:
     """
 
     def __init__(self, config: Config):
+        check_accelerate(os.environ)
         # `accelerate launch` says False where nobody asked for the CPU
         self._cpu = _asks_for_cpu() or not torch.cuda.is_available()
-        check_accelerate(os.environ)
         check_launch_environment(os.environ, not self._cpu)
         timeout = datetime.timedelta(seconds=config.process_timeout)
         try:
-            with naming_lost_processes():
+            with naming_lost_processes(), signals.ending_at_once():
                 state = PartialState(cpu=self._cpu, timeout=timeout)
         except ValueError as error:  # Accelerate and torch name what is missing
             advice = "start with accelerate launch or torchrun, or unset WORLD_SIZE and RANK"

@@ -1,5 +1,6 @@
 """A sheet for people: each picture, what each step made of it, what the network saw, the answer."""
 
+import os
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -26,11 +27,13 @@ def check_sheet(path: Path) -> None:
     """Refuses a sheet that could not be written, before the pictures are read.
 
     Raises:
-        InputError: it is no PNG by its name, or its folder does not exist.
+        InputError: it is no PNG by its name, it exists, or its folder does not.
     """
     if path.suffix.lower() != ".png":
         raise InputError(f"{path}: --sheet writes a PNG: let the name end with .png")
-    if not path.parent.is_dir() or path.is_dir():
+    if os.path.lexists(path):  # it may be one of the pictures
+        raise InputError(f"{path}: exists: give --sheet another name, or move the file away")
+    if not path.parent.is_dir():
         raise InputError(f"{path}: --sheet needs a file's name in a folder that exists")
 
 

@@ -13,7 +13,7 @@ from types import FrameType
 
 from mnist_fast.errors import Stopped
 
-REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # prctl(2)
 _requested: list[str] = []
 _leave_at_once = [False]
@@ -29,7 +29,24 @@ def _note(number: int, _frame: FrameType | None) -> None:
 def install() -> None:
     """Notes requests from now on, in place of ending the process; cheap, call it first."""
     for number in REQUESTS:
-        signal.signal(number, _note)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores the end of a terminal
+            signal.signal(number, _note)
+
+
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Within it, requests end the process where it is, also while it waits for others in C++.
+
+    Python's handlers would run when it has met them, or not at all.
+    """
+    noted = [number for number in REQUESTS if signal.getsignal(number) is _note]
+    for number in noted:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in noted:
+            signal.signal(number, _note)
 
 
 def follow_launcher() -> None:

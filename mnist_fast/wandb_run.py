@@ -142,6 +142,7 @@ class WandbRun:
             self._say(f"W&B cannot be imported ({_reason(error)}): metrics go to {self.folder}")
             return
         logging.raiseExceptions = False  # W&B's own log on a full disk: no traceback for each line
+        os.environ.pop("WANDB_SERVICE", None)  # of a program that may have ended: start our own
         try:
             wishes = self._wishes = self._wishes or self._read_wishes()
         except Exception as error:

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import sys
 import time
 
@@ -24,6 +25,7 @@ from helpers import (
     train_script,
 )
 from safetensors.torch import load_file
+from slurm_cluster import free_ports
 
 from mnist_fast import loop
 from mnist_fast.cli import load
@@ -244,6 +246,52 @@ def test_closed_standard_streams_change_nothing(tmp_path, small_betons, closed):
     assert_complete(tmp_path / "run", epochs=1)
     for path in (tmp_path / "run").rglob("*.json*"):  # no message went into a file
         assert "epoch  1/1" not in path.read_text()
+
+
+@pytest.mark.timeout(90)
+def test_a_rank_that_another_job_has_left_hides_no_message(tmp_path, small_betons):
+    """Only a process of a real group leaves the word to the first one."""
+    words = ("--data_dir", small_betons, *QUICK, "--batch_size", "100000")
+    for left in ({"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "1"}):
+        done = train_script(*words, cwd=tmp_path, timeout=80, environment=left)
+        assert done.returncode == 2
+        (line,) = error_lines(done.stderr)
+        assert "RANK" in line
+
+
+@pytest.mark.timeout(90)
+def test_a_log_that_takes_nothing_does_not_stop_the_training(tmp_path, small_betons):
+    """Both streams go to one place, as in a job's log."""
+    words = [sys.executable, helpers.TRAIN, *QUICK, "--data_dir", small_betons, "--epochs", "1"]
+    command = shlex.join(map(str, [*words, "--run_dir", tmp_path / "run"]))
+    done = helpers.launch("bash", "-c", f"{command} >/dev/full 2>&1", cwd=tmp_path, timeout=80)
+    assert done.returncode == 0
+    assert_complete(tmp_path / "run", epochs=1)
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_that_waits_for_its_peers_can_be_stopped(tmp_path, small_betons, number):
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_ports(1)[0])}
+    words = (sys.executable, helpers.TRAIN, *QUICK, "--data_dir", small_betons)
+    process = helpers.start(*words, cwd=tmp_path, environment=environment)
+    try:
+        port = int(environment["MASTER_PORT"])
+        limit = time.monotonic() + 60
+        while not is_open(port) and time.monotonic() < limit:
+            time.sleep(0.1)
+        process.send_signal(number)
+        process.communicate(timeout=15)
+        assert process.returncode
+    finally:
+        helpers.end(process)
+
+
+def is_open(port):
+    """Whether somebody listens at a port of this machine."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
 
 
 @pytest.mark.timeout(90)

@@ -79,6 +79,8 @@ def test_a_run_says_so_in_one_line(tmp_path, small_betons, environment):
         ({"ACCELERATE_USE_MEGATRON_LM": "1"}, "Megatron-LM"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "dynamo backend INDUCTOR"),
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "over 4 steps"),
+        ({"ACCELERATE_USE_CPU": "maybe"}, "ACCELERATE_USE_CPU is maybe: set it to true or false"),
+        ({"ACCELERATE_TORCH_DEVICE": "cuda"}, "ACCELERATE_TORCH_DEVICE is not supported"),
     ],
 )
 def test_what_another_projects_configuration_chose_is_refused(given, named):

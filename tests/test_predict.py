@@ -77,6 +77,16 @@ def transparent(ink, paper=(0, 0, 0, 0)):
     return seven(ink=ink, paper=paper, mode="RGBA")
 
 
+def soft(ink):
+    """Strokes whose edges are of every grey, on a transparent index of a palette."""
+    paper = 255 - ink
+    grey = seven(ink=ink, paper=paper).resize((90, 120), Image.Resampling.LANCZOS)
+    alpha = grey.point(lambda value: 255 if value != paper else 0)
+    picture = grey.convert("RGBA")
+    picture.putalpha(alpha)
+    return picture
+
+
 def sixteen_bit():
     grey = np.asarray(seven(), np.uint16) * 257
     return Image.fromarray(grey)
@@ -100,6 +110,8 @@ KINDS = {
     "cmyk": lambda: encoded(seven(paper=(255, 255, 255), mode="RGB").convert("CMYK"), "JPEG"),
     "dark strokes, transparent": lambda: encoded(transparent((0, 0, 0, 255))),
     "light strokes, transparent": lambda: encoded(transparent((255, 255, 255, 255))),
+    "soft dark strokes, transparent": lambda: encoded(soft(0)),
+    "soft light strokes, transparent": lambda: encoded(soft(255)),
     "a card, transparent": lambda: encoded(transparent((0, 0, 0, 255), (255, 255, 255, 254))),
     "camera rotation": turned,
     "large": lambda: encoded(seven().resize((3000, 4000))),
@@ -444,9 +456,11 @@ def test_the_sheet_has_a_row_for_each_picture(weights, tmp_path, capsys):
         assert np.ptp(good[:, column * CELL : (column + 1) * CELL]) > 100
 
 
-@pytest.mark.parametrize("name", ["sheet.jpg", "missing/sheet.png", "folder.png"])
+@pytest.mark.parametrize("name", ["sheet.jpg", "missing/sheet.png", "folder.png", "mine.png"])
 def test_a_sheet_that_cannot_be_written_is_bad_usage(name, weights, tmp_path):
+    """Nor does it replace a file: the shell may put a picture in its place."""
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "mine.png").write_bytes(encoded(seven()))
     with pytest.raises(InputError, match="--sheet"):
         module.main([str(weights), "x.png", "--sheet", str(tmp_path / name)])
 
