@@ -15,10 +15,14 @@ def warnings_about(samples: Samples) -> list[str]:
         samples: the training images and labels.
     """
     found = []
-    if samples.images.max() <= 1:
+    if samples.images.min() == samples.images.max():
+        found.append("all pixels are the same: nothing can be learned from these images")
+    elif samples.images.max() <= 1:
         found.append("the pixels are 0 and 1 only: for 8-bit images multiply them by 255")
     elif samples.images.mean() > 127.5:
         found.append("most pixels are bright: MNIST is white on black, so invert the images")
+    if len(np.unique(samples.labels)) == 1:
+        found.append(f"every label is {samples.labels[0]}: were the labels lost?")
     if _lies_on_its_side(samples):
         found.append(
             f"the images of class {_TALL} lie on their side: if they are transposed, as EMNIST's "

@@ -254,6 +254,7 @@ def list_files(folder: Path) -> list:
 WARNINGS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
     "inverted": (lambda images: 255 - images, "most pixels are bright"),
     "0/1": (lambda images: images // 128, "0 and 1 only"),
+    "blank": (lambda images: images * 0, "all pixels are the same"),
     "transposed": (lambda images: images.transpose(0, 2, 1), "lie on their side"),
     "transposed, inverted": (lambda images: 255 - images.transpose(0, 2, 1), "on their side"),
 }
@@ -276,6 +277,15 @@ def test_warnings_about_pixels(fault: str, tmp_path: Path, capsys) -> None:
     np.savez(tmp_path / "changed.npz", **arrays)
     load_source("mnist", tmp_path / "changed.npz")
     assert re.search(f"WARNING: .*{words}", capsys.readouterr().err)
+
+
+def test_a_warning_about_labels_that_are_all_the_same(tmp_path: Path, capsys) -> None:
+    digits = load_source("digits")
+    arrays = {"x_train": digits.train_images, "y_train": digits.train_labels * 0}
+    arrays |= {"x_test": digits.test_images, "y_test": digits.test_labels}
+    np.savez(tmp_path / "lost.npz", **arrays)
+    load_source("mnist", tmp_path / "lost.npz")
+    assert re.search("WARNING: .*every label is 0", capsys.readouterr().err)
 
 
 # Refusals that name what is there
