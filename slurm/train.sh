@@ -62,9 +62,9 @@ a longer --time, or for a later warning with SBATCH_SIGNAL=B:USR1@30 before sbat
 # What train.py would make of its options; a mistake in them ends the job here.
 settings=$("$PYTHON" -c '
 import sys
-from mnist_fast import config, errors
+from mnist_fast import cli, errors
 def main():
-    chosen = config.load()
+    chosen = cli.load()
     print(chosen.dataset, chosen.data_dir or "", chosen.run_dir or "", sep="\n")
     return 0
 sys.exit(errors.run_main(main, "train.py"))' "$@") || exit
