@@ -29,7 +29,8 @@ def _note(number: int, _frame: FrameType | None) -> None:
 def install() -> None:
     """Notes requests from now on, in place of ending the process; cheap, call it first."""
     for number in REQUESTS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores the end of a terminal
+        # nohup ignores the end of a terminal; the other signals may be ignored by a batch script
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _note)
 
 

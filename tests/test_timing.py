@@ -63,3 +63,19 @@ def test_the_summary_tells_where_the_time_went(small_betons, tmp_path):
     assert set(seconds) == set(timing.PARTS)
     assert 0 < summary["startup_seconds"] < sum(seconds.values()) < whole
     assert "\ntime: " in done.stdout
+
+
+IGNORED = """
+import signal
+for number in (signal.SIGUSR1, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+from mnist_fast import signals
+signals.install()
+print(*(signal.getsignal(n) == signal.SIG_IGN for n in (signal.SIGUSR1, signal.SIGHUP)))
+"""
+
+
+def test_only_the_end_of_a_terminal_may_be_ignored(tmp_path):
+    """Batch scripts ignore SIGUSR1 for themselves, nohup SIGHUP for the program."""
+    done = helpers.launch(sys.executable, "-c", IGNORED, cwd=tmp_path, timeout=60)
+    assert done.stdout.split() == ["False", "True"]
