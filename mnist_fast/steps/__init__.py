@@ -62,6 +62,11 @@ def names() -> list[str]:
     return ["auto", *(mode.name for mode in reversed(MODES))]
 
 
+def by_name(name: str) -> type[Step]:
+    """The mode of a name, which must be one of `MODES`."""
+    return next(mode for mode in MODES if mode.name == name)
+
+
 def check_name(name: str) -> None:
     """Refuses an unknown mode.
 
@@ -189,4 +194,7 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-__all__ = ["MODES", "Job", "Plan", "Settings", "Step", "TrainState", "check_name", "plan"]
+__all__ = [
+    *("MODES", "Job", "Plan", "Settings", "Step", "TrainState"),
+    *("by_name", "check_name", "plan"),
+]

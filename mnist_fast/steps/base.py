@@ -182,6 +182,7 @@ class Step(Protocol):
         devices: types of the devices that it runs on.
         precisions: that it supports.
         min_images: with fewer in a run, setting the mode up costs more than it saves.
+        threads_change_no_bit: whether the result is the same for any number of CPU threads.
         optimizer_state: what the optimiser keeps of each parameter.
     """
 
@@ -189,6 +190,7 @@ class Step(Protocol):
     devices: ClassVar[frozenset[str]]
     precisions: ClassVar[frozenset[str]]
     min_images: ClassVar[int]
+    threads_change_no_bit: ClassVar[bool]
     optimizer_state: OptimizerState
 
     @staticmethod

@@ -19,6 +19,7 @@ class CompiledStep(BackpropStep):
     devices: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda"})
     precisions: ClassVar[frozenset[str]] = frozenset({"no", "bf16"})
     min_images: ClassVar[int] = 400_000
+    threads_change_no_bit: ClassVar[bool] = False
 
     @staticmethod
     def unsupported_reason(job: Job) -> str | None:

@@ -14,6 +14,7 @@ class EagerStep(BackpropStep):
     devices: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda"})
     precisions: ClassVar[frozenset[str]] = frozenset({"no", "bf16", "fp16"})
     min_images: ClassVar[int] = 0
+    threads_change_no_bit: ClassVar[bool] = False
 
     @staticmethod
     def unsupported_reason(job: Job) -> str | None:

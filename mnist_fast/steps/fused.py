@@ -26,6 +26,7 @@ class FusedStep:
     devices: ClassVar[frozenset[str]] = frozenset({"cuda"})
     precisions: ClassVar[frozenset[str]] = frozenset({"no"})
     min_images: ClassVar[int] = 50_000
+    threads_change_no_bit: ClassVar[bool] = True
 
     @staticmethod
     def unsupported_reason(job: Job) -> str | None:

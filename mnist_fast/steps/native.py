@@ -19,6 +19,7 @@ class NativeStep(BackpropStep):
     devices: ClassVar[frozenset[str]] = frozenset({"cpu"})
     precisions: ClassVar[frozenset[str]] = frozenset({"no"})
     min_images: ClassVar[int] = 50_000
+    threads_change_no_bit: ClassVar[bool] = True
 
     @staticmethod
     def unsupported_reason(job: Job) -> str | None:
