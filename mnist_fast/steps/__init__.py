@@ -195,6 +195,13 @@ def has_bf16(device: torch.device) -> bool:
 
 
 __all__ = [
-    *("MODES", "Job", "Plan", "Settings", "Step", "TrainState"),
-    *("by_name", "check_name", "plan"),
+    "MODES",
+    "Job",
+    "Plan",
+    "Settings",
+    "Step",
+    "TrainState",
+    "by_name",
+    "check_name",
+    "plan",
 ]
