@@ -64,7 +64,8 @@ def measure(choices: list[str], timeout: float) -> tuple[dict[str, float], dict[
         command = [*LAUNCH, TRAIN, *choices, "--run_dir", str(run)]
         begun = time.perf_counter()
         with records.time_limit(timeout), records.launch(command) as launcher:
-            launching = time.perf_counter() - begun - wait_for_start(launcher)
+            since = wait_for_start(launcher)
+            launching = time.perf_counter() - begun - since
             launcher.wait()
         whole = time.perf_counter() - begun
         if launcher.returncode:
