@@ -1,5 +1,6 @@
 """The training loop: `train(config)` is the whole interface."""
 
+import functools
 import math
 import sys
 import time
@@ -104,8 +105,8 @@ class Run:
             wandb_id = self.resume()
         self.parts.end("checkpoints")
         over = self.progress.epoch >= self.config.epochs
-        finished = self.runtime.on_main(lambda: run_folder.read_summary(self.folder))
-        if over and finished:
+        read_summary = functools.partial(run_folder.read_summary, self.folder)
+        if over and (finished := self.runtime.on_main(read_summary)):
             self.say(f"{self.folder} is finished: nothing to do")
             return finished
         self.say(self.plan.describe())
