@@ -194,7 +194,8 @@ def test_throughput(small_betons, tmp_path):
         if row["name"].startswith("ours"):
             ratio = baseline["median_seconds"] / row["median_seconds"]
             assert row["times_faster_than_baseline"] == pytest.approx(ratio)
-            assert row["times_the_floor"] > 1
+            floor = record["floor_seconds"][row["precision"]]
+            assert row["times_the_floor"] == pytest.approx(row["median_seconds"] / floor)
         assert row["name"] in done.stdout
     assert (tmp_path / "throughput-cpu.png").stat().st_size > 5000
 
