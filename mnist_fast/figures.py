@@ -6,8 +6,8 @@ import contextlib
 import gc
 import io
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:  # matplotlib and torch take long to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
+    from PIL.Image import Image
     from torch import Tensor
 
     from mnist_fast.evaluate import Outcome
 
-RESULTS = ("curves", "confusion_matrix", "misread")  # known after the last step
-INPUTS = ("samples", "learning_rate")  # known before the first one
-NAMES = (*RESULTS, *INPUTS)
-GREY = ("misread", "samples")  # without colours: smaller files
+SAMPLES = "samples"  # drawn before the first step
+RESULTS = ("curves", "confusion_matrix", "misread", "learning_rate")  # drawn after the last one
+NAMES = (*RESULTS, SAMPLES)
 # Okabe and Ito's colours, which colour-blind people can tell apart; lines differ in style as well
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
@@ -50,6 +50,8 @@ TITLE_LENGTH = 100  # characters of a run's name that fit above the curves
 MISREAD_SHOWN, MISREAD_COLUMNS = 40, 8
 SAMPLES_SHOWN = 12
 SIDE = 28  # pixels of a digit
+TITLE_SIZE, TEXT_SIZE = 26, 20  # dots, on a page of digits
+FRAME = 75  # shade of grey
 
 Records = Sequence[dict[str, Any]]
 
@@ -57,65 +59,56 @@ Records = Sequence[dict[str, Any]]
 # The pictures of a run
 
 
-def inputs_missing(folder: Path) -> bool:
-    """Whether a picture that `draw_inputs` draws is missing in a run's folder."""
-    return not all(_path(folder, name).is_file() for name in INPUTS)
+def samples_missing(folder: Path) -> bool:
+    """Whether the picture that `draw_samples` draws is missing in a run's folder."""
+    return not _path(folder, SAMPLES).is_file()
 
 
-def draw_inputs(folder: Path, config: Config, steps_per_epoch: int, samples: Tensor) -> None:
-    """Draws what is known before training; a fault is told and does not end the run.
+def draw_samples(folder: Path, samples: Tensor) -> None:
+    """Draws what training sees; a fault is told and does not end the run.
+
+    Args:
+        folder: the run's.
+        samples: uint8 (2, n, 28, 28) on the CPU, training images before and after augmentation.
+    """
+    _draw(folder, {SAMPLES: lambda: before_and_after(samples.numpy()).png()})
+
+
+def draw_results(
+    folder: Path, config: Config, steps_per_epoch: int, records: Records, outcome: Outcome
+) -> None:
+    """Draws the pictures of a whole run; a fault is told and does not end the run.
 
     Args:
         folder: the run's.
         config: its choices.
         steps_per_epoch: optimisation steps of one epoch.
-        samples: uint8 (2, n, 28, 28) on the CPU, training images before and after augmentation.
-    """
-    pictures = {
-        "samples": lambda: before_and_after(samples.numpy()),
-        "learning_rate": lambda: rates(config, steps_per_epoch),
-    }
-    _draw(folder, pictures)
-
-
-def draw_results(folder: Path, records: Records, outcome: Outcome) -> None:
-    """Draws what is known after training; a fault is told and does not end the run.
-
-    Args:
-        folder: the run's.
         records: lines of `metrics.jsonl`, at least one.
         outcome: what the network makes of the evaluation images.
     """
     name = split_in(records[-1])
     pictures = {
-        "curves": lambda: curves(records, readable(folder.name)),
-        "confusion_matrix": lambda: confusion(outcome, name),
-        "misread": lambda: misread(outcome, name),
+        "curves": lambda: diagram(curves, records, readable(folder.name)),
+        "confusion_matrix": lambda: diagram(confusion, outcome, name),
+        "misread": lambda: misread(outcome, name).png(),
+        "learning_rate": lambda: diagram(rates, config, steps_per_epoch),
     }
-    _draw(folder, pictures)
-
-
-def in_background(draw: Callable[..., None], *arguments: Any) -> threading.Thread:
-    """Calls one of the two functions above in a thread, which the caller joins."""
-    thread = threading.Thread(target=draw, args=arguments, name="figures")
-    thread.start()
-    return thread
-
-
-def _draw(folder: Path, pictures: dict[str, Callable[[], Figure]]) -> None:
-    """Draws pictures, by name, into a run's folder."""
     with no_garbage_collection():
-        for name, draw in pictures.items():
-            try:
-                path = _path(folder, name)
-                path.parent.mkdir(exist_ok=True)
-                with style():
-                    write_atomically(path, as_png(draw(), "L" if name in GREY else "RGB"))
-            except Exception as error:  # the training is worth more than its pictures
-                fault = f"{type(error).__name__}: {one_line(error)[:300]}"
-                print(f"figures: {name} not drawn: {fault}", file=sys.stderr, flush=True)
-                if isinstance(error, OSError):  # the others would meet the same full disk
-                    return
+        _draw(folder, pictures)
+
+
+def _draw(folder: Path, pictures: dict[str, Callable[[], bytes]]) -> None:
+    """Draws pictures, by name, into a run's folder."""
+    for name, draw in pictures.items():
+        try:
+            path = _path(folder, name)
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, draw())
+        except Exception as error:  # the training is worth more than its pictures
+            fault = f"{type(error).__name__}: {one_line(error)[:300]}"
+            print(f"figures: {name} not drawn: {fault}", file=sys.stderr, flush=True)
+            if isinstance(error, OSError):  # the others would meet the same full disk
+                return
 
 
 @contextlib.contextmanager
@@ -170,15 +163,26 @@ def new_figure(
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def as_png(figure: Figure, mode: str = "RGB") -> bytes:
-    """The figure as a PNG file, in colours (`RGB`) or shades of grey (`L`)."""
+def diagram(draw: Callable[..., Figure], *arguments: Any) -> bytes:
+    """What a function draws, in this style, as a PNG file."""
+    with style():
+        return as_png(draw(*arguments))
+
+
+def as_png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    canvas, file = FigureCanvasAgg(figure), io.BytesIO()
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert(mode)
-    image.save(file, "png", compress_level=PNG_LEVEL, dpi=(figure.dpi, figure.dpi))
+    return compress(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+
+
+def compress(image: Image) -> bytes:
+    """The image as a PNG file."""
+    file = io.BytesIO()
+    image.save(file, "png", compress_level=PNG_LEVEL, dpi=(DPI, DPI))
     return file.getvalue()
 
 
@@ -300,38 +304,72 @@ def confusion(outcome: Outcome, name: str) -> Figure:
     return figure
 
 
-# Sheets of digits: all of them are one image, with texts around it
+# Pages of digits: matplotlib would take a tenth of a second for their texts
 
 
-def misread(outcome: Outcome, name: str) -> Figure:
+@dataclass
+class Page:
+    """A page of digits, with texts around them.
+
+    Attributes:
+        pixels: uint8 (height, width), black on white.
+        scale: dots by which a pixel is drawn, in either direction.
+        texts: position in pixels, anchor as Pillow has it, size in dots, and the text.
+        frames: left and top pixel of each digit that has a frame.
+    """
+
+    pixels: NDArray[np.uint8]
+    scale: int
+    texts: list[tuple[tuple[float, float], str, int, str]] = field(default_factory=list)
+    frames: Sequence[tuple[int, int]] = ()
+
+    def png(self) -> bytes:
+        """The page as a PNG file, in shades of grey."""
+        from PIL import Image, ImageDraw, ImageFont
+
+        dots = self.pixels.repeat(self.scale, 0).repeat(self.scale, 1)
+        image = Image.fromarray(dots)
+        draw = ImageDraw.Draw(image)
+        for left, top in self.frames:
+            box = (left, top, left + SIDE, top + SIDE)
+            draw.rectangle([self.scale * edge for edge in box], outline=FRAME)
+        sizes = {size for _, _, size, _ in self.texts}
+        fonts = {size: ImageFont.load_default(size) for size in sizes}
+        for (x, y), anchor, size, text in self.texts:
+            place = (self.scale * x, self.scale * y)
+            draw.text(place, text, fill=0, font=fonts[size], anchor=anchor, align="center")
+        return compress(image)
+
+
+def misread(outcome: Outcome, name: str) -> Page:
     """The surest of the misread digits, with label, prediction and its probability."""
     count = min(len(outcome.images), MISREAD_SHOWN)
     shown = outcome.images[:count].numpy()
-    page, corners = tile(shown, MISREAD_COLUMNS, gap=(14, 8), margins=(24, 4, 3, 4))
+    pixels, corners = tile(shown, MISREAD_COLUMNS, gap=(14, 8), margins=(24, 4, 3, 4))
     which = "all" if count == outcome.errors else f"the {count} surest"
     title = f"{outcome.errors:,} {name} images misread, shown: {which}"
-    figure, axes = new_page(page, 5, title)
+    page = Page(pixels, scale=5, texts=[((pixels.shape[1] / 2, 2), "ma", TITLE_SIZE, title)])
     labels, guesses = outcome.labels[outcome.misread], outcome.predictions[outcome.misread]
     for (left, top), label, guess, probability in zip(
         corners, labels.tolist(), guesses.tolist(), outcome.probabilities.tolist(), strict=False
     ):
         text = f"{label} read as {guess}\n{100 * probability:.0f} % sure"
-        axes.text(left + SIDE / 2, top, text, ha="center", va="bottom", size=9)
-    return figure
+        page.texts.append(((left + SIDE / 2, top), "md", TEXT_SIZE, text))
+    return page
 
 
-def before_and_after(samples: NDArray[np.uint8]) -> Figure:
+def before_and_after(samples: NDArray[np.uint8]) -> Page:
     """Training images above what augmentation makes of them."""
     shown = samples[:, :SAMPLES_SHOWN]
     columns = shown.shape[1]
     images = shown.reshape(-1, SIDE, SIDE)
-    page, corners = tile(images, columns, gap=(4, 2), margins=(13, 2, 2, 11))
-    figure, axes = new_page(page, 4, "training images before and after augmentation")
+    pixels, corners = tile(images, columns, gap=(4, 2), margins=(13, 2, 2, 18))
+    title = "training images before and after augmentation"
+    page = Page(pixels, scale=4, frames=corners)
+    page.texts.append(((pixels.shape[1] / 2, 2), "ma", TITLE_SIZE, title))
     for (left, top), text in zip(corners[::columns], ("before", "after"), strict=True):
-        middle = top + SIDE / 2
-        axes.text(left - 3, middle, text, rotation="vertical", ha="right", va="center")
-    frame(axes, corners)
-    return figure
+        page.texts.append(((left - 2, top + SIDE / 2), "rm", TEXT_SIZE, text))
+    return page
 
 
 def tile(
@@ -361,26 +399,3 @@ def tile(
     for image, (x, y) in zip(images, corners, strict=True):
         page[y : y + height, x : x + width] = 255 - image
     return page, corners
-
-
-def new_page(page: NDArray[np.uint8], scale: int, title: str) -> tuple[Figure, Axes]:
-    """A figure of a page of pixels, each so many dots wide, and axes in units of these pixels."""
-    from matplotlib.figure import Figure
-
-    height, width = page.shape
-    figure = Figure(figsize=(width * scale / DPI, height * scale / DPI))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.axis("off")
-    extent = (0, width, height, 0)
-    axes.imshow(page, cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=extent)
-    axes.text(width / 2, 2, title, ha="center", va="top", size=12)
-    return figure, axes
-
-
-def frame(axes: Axes, corners: Sequence[tuple[int, int]]) -> None:
-    """Draws a thin frame around each digit of a page."""
-    x, y = np.array(corners).T[:, :, None]
-    gap = np.full_like(x, np.nan, dtype=float)  # lifts the pen between two frames
-    across = np.hstack([x, x + SIDE, x + SIDE, x, x, gap])
-    down = np.hstack([y, y, y + SIDE, y + SIDE, y, gap])
-    axes.plot(across.ravel(), down.ravel(), color="0.3", linewidth=0.8)

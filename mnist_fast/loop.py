@@ -76,6 +76,7 @@ class Run:
         self.manifest, self.betons = datasets.open_betons(config, runtime)
         self.data_sha256 = betons.data_sha256(self.manifest)
         self.sharding = datasets.cut(config, self.manifest, runtime)
+        self.parts.end("data")
         runtime.seed(config.seed)
         network = build_network(config.network, config.dropout)
         self.plan = steps.plan(config, network, runtime, self.sharding)
@@ -123,23 +124,19 @@ class Run:
             self.tracker.close(exit_code=1)
 
     def set_out(self, wandb_id: str | None) -> None:
-        """Starts the tracker and compiles; draws the pictures of the inputs meanwhile."""
-        drawing, samples = None, None
-        if self.runtime.is_main and figures.inputs_missing(self.folder):
-            samples = datasets.preview(self.config, self.feed)
-            given = (self.folder, self.config, self.sharding.steps, samples)
-            drawing = figures.in_background(figures.draw_inputs, *given)
+        """Starts the tracker, compiles and shows what the network will see."""
         self.tracker.start(self.facts(), self.progress.records, wandb_id)
         self.parts.end("tracker")
         self.step.warm_up(self.feed.example())
         self.parts.end("compile")
-        if samples is not None and not self.progress.global_step:
-            layers = list(layer_table(build_network(self.config.network)))  # draws random numbers
-            self.tracker.log_inputs(samples, layers, self.betons / "manifest.json")
-        self.parts.end("tracker")
-        if drawing is not None:
-            drawing.join()
-        self.parts.end("figures")
+        if self.runtime.is_main and figures.samples_missing(self.folder):
+            samples = datasets.preview(self.config, self.feed)
+            figures.draw_samples(self.folder, samples)
+            self.parts.end("figures")
+            if not self.progress.global_step:
+                layers = list(layer_table(build_network(self.config.network)))  # draws randomly
+                self.tracker.log_inputs(samples, layers, self.betons / "manifest.json")
+            self.parts.end("tracker")
 
     def resume(self) -> str | None:
         """Restores the newest valid checkpoint, if there is one; returns its W&B id."""
@@ -161,10 +158,11 @@ class Run:
             checkpoint.save_weights(weights, network.state_dict(), about)
         outcome = inspect(network, *self.evaluation_set.part, self.runtime)
         self.parts.end("evaluation")
-        self.tracker.log_outcome(outcome)
         if self.runtime.is_main:
-            figures.draw_results(self.folder, self.progress.records, outcome)
+            steps, records = self.sharding.steps, self.progress.records
+            figures.draw_results(self.folder, self.config, steps, records, outcome)
         self.parts.end("figures")
+        self.tracker.log_outcome(outcome)
         self.tracker.log_weights(weights, summary)
         self.say(report.describe_run(self.folder, summary, self.progress.records))
         self.tracker.finish(summary)

@@ -362,8 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folders = dict.fromkeys(folder.resolve() for folder in options.runs)  # each once
     groups = group_runs([read_run(folder) for folder in folders])
-    with figures.style():
-        picture = figures.as_png(compare(groups))
+    picture = figures.diagram(compare, groups)
     page = build_page(groups, picture).encode("utf-8", "backslashreplace")
     try:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ def _train(arguments, log, folder, environment, tamper):
     sys.path.insert(0, str(helpers.ROOT))
     sys.argv = ["train.py", *arguments]
     loop = importlib.import_module("mnist_fast.loop")
-    for name in ("draw_inputs", "draw_results"):  # they take longer than the training
+    for name in ("draw_samples", "draw_results"):  # they take longer than the training
         setattr(loop.figures, name, lambda *_: None)
     if tamper:
         tamper()

@@ -154,7 +154,7 @@ def single_process(figures=False):
     forget()
     with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
         if not figures:
-            patch.setattr(pictures, "draw_inputs", lambda *_: None)
+            patch.setattr(pictures, "draw_samples", lambda *_: None)
             patch.setattr(pictures, "draw_results", lambda *_: None)
         yield
     forget()

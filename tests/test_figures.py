@@ -1,6 +1,8 @@
 """The pictures of one run."""
 
+import dataclasses
 import gc
+import io
 import os
 import re
 import subprocess
@@ -22,8 +24,8 @@ def make_samples(count=32):
     return torch.randint(256, (2, count, 28, 28), dtype=torch.uint8)
 
 
-def texts_of(figure):
-    return [text.get_text() for axes in figure.axes for text in axes.texts]
+def draw_results(folder, records, outcome):
+    figures.draw_results(folder, Config(schedule="onecycle"), 100, records, outcome)
 
 
 # All of a run
@@ -31,10 +33,10 @@ def texts_of(figure):
 
 @pytest.mark.parametrize("wrong", [0, 30])
 def test_every_figure_is_drawn_and_shows_something(tmp_path, wrong):
-    assert figures.inputs_missing(tmp_path)
-    figures.draw_inputs(tmp_path, Config(schedule="onecycle"), 100, make_samples())
-    assert not figures.inputs_missing(tmp_path)
-    figures.draw_results(tmp_path, make_records([98.0, 99.1, 99.5]), make_outcome(wrong=wrong))
+    assert figures.samples_missing(tmp_path)
+    figures.draw_samples(tmp_path, make_samples())
+    assert not figures.samples_missing(tmp_path)
+    draw_results(tmp_path, make_records([98.0, 99.1, 99.5]), make_outcome(wrong=wrong))
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert names == {f"{name}.png" for name in figures.NAMES}
     for name in names:
@@ -52,15 +54,16 @@ NAMES = ["café: a=b", "caf\udcc3\udca9", "caf\udce9", "$x$ $\\frac$", "a\tb\nc"
 def test_a_run_of_any_name(tmp_path, name, capfd):
     folder = tmp_path / name
     folder.mkdir()
-    figures.draw_results(folder, make_records([98.0, 99.1]), make_outcome())
+    draw_results(folder, make_records([98.0, 99.1]), make_outcome())
     assert {path.stem for path in (folder / "figures").iterdir()} == set(figures.RESULTS)
     assert capfd.readouterr().err == ""
 
 
 DRAW = """
-import sys; from pathlib import Path; from mnist_fast import figures
+import sys; from pathlib import Path
 from made_runs import make_outcome, make_records
-figures.draw_results(Path(sys.argv[1]), make_records([98.0, 99.1]), make_outcome())
+from test_figures import draw_results
+draw_results(Path(sys.argv[1]), make_records([98.0, 99.1]), make_outcome())
 """
 
 
@@ -84,23 +87,23 @@ def test_an_ascii_locale_and_a_users_own_style(tmp_path):
 def test_one_picture_at_fault_costs_no_other(tmp_path, capsys):
     records = make_records([98.0, 99.1])
     del records[0]["train_loss"]
-    figures.draw_results(tmp_path, records, make_outcome())
+    draw_results(tmp_path, records, make_outcome())
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {
         "confusion_matrix",
         "misread",
+        "learning_rate",
     }
     assert re.fullmatch(r"figures: curves not drawn: KeyError: .*\n", capsys.readouterr().err)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line_and_no_error(tmp_path, capsys):
-    figures.draw_results(tmp_path / "missing", make_records([99.0]), make_outcome())
+    draw_results(tmp_path / "missing", make_records([99.0]), make_outcome())
     assert re.fullmatch(r"figures: .* not drawn: .*\n", capsys.readouterr().err)
 
 
-def test_in_the_background_and_nothing_is_left_changed(tmp_path):
+def test_nothing_is_left_changed(tmp_path):
     before = dict(matplotlib.rcParams)
-    arguments = (tmp_path, make_records([99.0]), make_outcome())
-    figures.in_background(figures.draw_results, *arguments).join(60)
+    draw_results(tmp_path, make_records([99.0]), make_outcome())
     assert len(list((tmp_path / "figures").iterdir())) == len(figures.RESULTS)
     assert gc.isenabled()
     assert dict(matplotlib.rcParams) == before
@@ -172,26 +175,41 @@ def test_the_confusion_matrix_counts_by_label_and_prediction():
 
 def test_each_misread_digit_is_shown_below_its_label_and_prediction():
     outcome = make_outcome(500, 50)
-    figure = figures.misread(outcome, "test")
-    title, *texts = texts_of(figure)
+    page = figures.misread(outcome, "test")
+    title, *texts = [text for *_, text in page.texts]
     assert title == "50 test images misread, shown: the 40 surest"
     assert len(texts) == 40
     label, guess = int(outcome.labels[9]), int(outcome.predictions[9])
     assert texts[9].startswith(f"{label} read as {guess}\n")
-    page = figure.axes[0].images[0].get_array()
-    x, y = figure.axes[0].texts[10].get_position()  # the title is the first
-    shown = page[int(y) : int(y) + 28, int(x) - 14 : int(x) + 14]
+    x, y = page.texts[10][0]  # the title is the first
+    shown = page.pixels[int(y) : int(y) + 28, int(x) - 14 : int(x) + 14]
     assert np.array_equal(255 - shown, outcome.images[9])
 
 
-def test_digits_are_drawn_with_sharp_edges(tmp_path):
-    """Each pixel of a digit is a square of so many dots of one shade."""
-    figures.draw_inputs(tmp_path, Config(), 100, make_samples(1))
-    with Image.open(tmp_path / "figures" / "samples.png") as picture:
+PAGES = {
+    "misread": lambda: figures.misread(make_outcome(9_000, 8_000), "validation"),
+    "one misread": lambda: figures.misread(make_outcome(500, 1), "test"),
+    "samples": lambda: figures.before_and_after(make_samples().numpy()),
+    "few samples": lambda: figures.before_and_after(make_samples(6).numpy()),
+}
+
+
+@pytest.mark.parametrize("draw", PAGES.values(), ids=PAGES)
+def test_texts_lie_beside_the_digits_and_within_the_page(draw):
+    """Digits keep their sharp edges: a pixel is a square of dots of one shade."""
+    page = draw()
+    with Image.open(io.BytesIO(page.png())) as picture:
         dots = np.asarray(picture)
-    top, left = 13 * 4, 11 * 4
-    inner = dots[top + 4 : top + 27 * 4, left + 4 : left + 27 * 4]  # within the frame
-    assert (inner == inner[::4, ::4].repeat(4, 0).repeat(4, 1)).all()
+    plain = page.pixels.repeat(page.scale, 0).repeat(page.scale, 1)
+    assert dots.shape == plain.shape
+    drawn = dots != plain
+    assert drawn.any()
+    assert not drawn[[0, -1]].any()
+    assert not drawn[:, [0, -1]].any()
+    framed = dataclasses.replace(page, texts=[])
+    with Image.open(io.BytesIO(framed.png())) as picture:
+        texts = dots != np.asarray(picture)
+    assert not (texts & (plain < 255)).any()
 
 
 def test_tiles_by_rows_with_gaps_and_margins():

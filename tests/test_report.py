@@ -136,8 +136,8 @@ def page(tmp_path_factory):
     ]
     samples = torch.randint(256, (2, 32, 28, 28), dtype=torch.uint8)
     records = make_records([98.0, 99.1])
-    figures.draw_inputs(runs[1], Config(), 100, samples)
-    figures.draw_results(runs[1], records, make_outcome())
+    figures.draw_samples(runs[1], samples)
+    figures.draw_results(runs[1], Config(), 100, records, make_outcome())
     assert report.main([*map(str, runs), "--out", str(tmp_path / "out")]) == 0
     return tmp_path / "out" / "comparison.html"
 
