@@ -2,7 +2,7 @@
 # One run on one or many nodes, with GPUs or without. Submit it from the top of the repository; sbatch's own options come
 # first, train.py's behind the script:
 #
-#   sbatch --nodes=4 --gpus-per-node=8 slurm/train.sh --recipe fast --epochs 30
+#   sbatch --nodes=1 --gpus-per-node=8 --exclusive slurm/train.sh --recipe scale
 #
 # Two minutes before the time limit the run saves a checkpoint and stops, and the job is queued again; there it goes on.
 # Exit status: 0 the run is finished, 2 options, data or head node were refused, anything else a failure.
