@@ -58,7 +58,7 @@ format: setup ## let ruff sort imports and format
 bench: setup ## measure the throughput of this machine
 	$(PYTHON) benchmarks/throughput.py $(ARGS)
 
-bench-gpu: setup ## all that is to be measured on a GPU, in under nine minutes
+bench-gpu: setup ## seeds, throughput and start-up on one GPU, in under nine minutes
 	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 clean: ## remove caches; data/, runs/ and .venv stay
