@@ -106,7 +106,8 @@ def _draw(folder: Path, pictures: dict[str, Callable[[], bytes]]) -> None:
             write_atomically(path, draw())
         except Exception as error:  # the training is worth more than its pictures
             fault = f"{type(error).__name__}: {one_line(error)[:300]}"
-            print(f"figures: {name} not drawn: {fault}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(f"figures: {name} not drawn: {fault}", file=sys.stderr, flush=True)
             if isinstance(error, OSError):  # the others would meet the same full disk
                 return
 
