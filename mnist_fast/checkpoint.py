@@ -25,7 +25,7 @@ from mnist_fast.files import read_file
 
 FORMAT = 2
 KEEP = 2  # checkpoints left after pruning
-MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "tensors.safetensors"
+FILES = MANIFEST, STATE, TENSORS = "manifest.json", "state.json", "tensors.safetensors"
 LIMITS = {MANIFEST: 10_000, STATE: 2**26, TENSORS: 2**26}  # bytes; more is not read at all
 _NAME = re.compile(r"step-\d{8,18}")
 CheckState = Callable[[Any], None]

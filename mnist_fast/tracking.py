@@ -10,7 +10,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from mnist_fast import wandb_files
+from mnist_fast import checkpoint, wandb_files
 from mnist_fast.cli import dump
 from mnist_fast.config import TARGET_ACCURACY, Config
 from mnist_fast.evaluate import Outcome
@@ -98,10 +98,11 @@ class Tracker:
     def log_checkpoint(self, path: Path, epoch: int) -> None:
         """Keeps a checkpoint, written after `epoch` epochs, as a version of an artifact on W&B."""
         name = f"checkpoint-{self.wandb_id}"
+        files = [path / name for name in checkpoint.FILES]
 
         def show(_: Any, run: WandbRun) -> None:
-            with contextlib.suppress(FileNotFoundError):  # newer ones have replaced it meanwhile
-                run.keep(name, "checkpoint", sorted(path.iterdir()), {"epoch": epoch})
+            with contextlib.suppress(FileNotFoundError, ValueError):  # newer ones replaced it
+                run.keep(name, "checkpoint", files, {"epoch": epoch})
 
         self._show(show)
 
