@@ -18,7 +18,7 @@ from mnist_fast.config import Config, different_choices
 from mnist_fast.errors import InputError
 from mnist_fast.records import Record, check_record, is_duration
 from mnist_fast.runtime import Runtime
-from mnist_fast.steps import Job, Step, TrainState, by_name
+from mnist_fast.steps import Job, Step, TrainState, mode_named
 
 
 @dataclasses.dataclass
@@ -303,7 +303,8 @@ def different_rounding(state: dict[str, Any], identity: Identity) -> str | None:
     """
     old, new = state["config"], identity.config
     different = set(different_choices(old, new, "rounding")) - {"step", "precision"}
-    if not different or by_name(identity.mode).threads_change_no_bit:  # their sums have one order
+    # these modes add in a fixed order
+    if not different or mode_named(identity.mode).threads_change_no_bit:
         return None
     listed = ", ".join(f"{key} {old.get(key)} before, {new[key]} now" for key in sorted(different))
     return f"the last bits may differ from those of a run without a stop: {listed}"

@@ -62,7 +62,7 @@ def names() -> list[str]:
     return ["auto", *(mode.name for mode in reversed(MODES))]
 
 
-def by_name(name: str) -> type[Step]:
+def mode_named(name: str) -> type[Step]:
     """The mode of a name, which must be one of `MODES`."""
     return next(mode for mode in MODES if mode.name == name)
 
@@ -114,7 +114,7 @@ def plan(config: Config, network: Network, runtime: Runtime, sharding: Sharding)
 def _candidates(name: str, device: torch.device) -> list[type[Step]]:
     """The mode of a name, or for `auto` all those for a device."""
     if name != "auto":
-        return [mode for mode in MODES if mode.name == name]
+        return [mode_named(name)]
     return [mode for mode in MODES if device.type in mode.devices]
 
 
@@ -201,7 +201,7 @@ __all__ = [
     "Settings",
     "Step",
     "TrainState",
-    "by_name",
     "check_name",
+    "mode_named",
     "plan",
 ]

@@ -117,7 +117,7 @@ class TrainState:
         }
         return {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, tensor in (found | by_name(optimizer_state)).items()
+            for name, tensor in (found | tensors_by_name(optimizer_state)).items()
         }
 
     def load(self, tensors: dict[str, Tensor], optimizer_state: OptimizerState) -> None:
@@ -126,14 +126,14 @@ class TrainState:
             prefix = f"{kind}/"
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             network.load_state_dict(own)
-        for name, tensor in by_name(optimizer_state).items():
+        for name, tensor in tensors_by_name(optimizer_state).items():
             tensor.copy_(tensors[name])  # in place: a captured step knows the address
 
     def start_over(self, seed: int, runtime: Runtime, optimizer_state: OptimizerState) -> None:
         """Sets a seed's fresh weights, statistics and generators, in place, as `load` does."""
         runtime.seed(seed)
         fresh = build_network(self.config.network, self.config.dropout).state_dict()
-        blank = {name: torch.zeros_like(t) for name, t in by_name(optimizer_state).items()}
+        blank = {name: torch.zeros_like(t) for name, t in tensors_by_name(optimizer_state).items()}
         kinds = [kind for kind, _ in self.networks()]
         named = {f"{kind}/{name}": t for name, t in fresh.items() for kind in kinds}
         self.load(named | blank, optimizer_state)
@@ -147,7 +147,7 @@ def floats(network: nn.Module) -> list[Tensor]:
     return [parameter.data for parameter in network.parameters()] + buffers
 
 
-def by_name(optimizer_state: OptimizerState) -> dict[str, Tensor]:
+def tensors_by_name(optimizer_state: OptimizerState) -> dict[str, Tensor]:
     """The optimiser's tensors by name."""
     return {
         f"optimizer/{index}/{name}": tensor
@@ -163,7 +163,7 @@ def unchanged(state: TrainState, optimizer_state: OptimizerState) -> Iterator[No
     tensors = [
         *(t.data for _, network in state.networks() for t in network.parameters()),
         *(t for _, network in state.networks() for t in network.buffers()),
-        *by_name(optimizer_state).values(),
+        *tensors_by_name(optimizer_state).values(),
         state.totals,
     ]
     kept = [tensor.clone() for tensor in tensors]
