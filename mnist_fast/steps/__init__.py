@@ -158,7 +158,7 @@ def _agree_on_precision(
     """The precision that was asked for, or None, the one that GPUs get otherwise, and notes.
 
     Raises:
-        InputError: the processes were asked for different ones, or for one that they do not have.
+        InputError: the processes were asked for different ones, or for one that is not supported.
     """
     wanted = config.precision if config.precision != "auto" else _launchers_precision()
     told = runtime.gather((wanted, has_bf16(runtime.device)))
@@ -166,6 +166,9 @@ def _agree_on_precision(
         listed = ", ".join(str(one) for one, _ in told)
         fault = f"the processes were started with different precisions ({listed})"
         raise InputError(f"{fault}: give the same --precision to all", shared=True)
+    if wanted is not None and wanted not in PRECISIONS:
+        fault = f"ACCELERATE_MIXED_PRECISION is {wanted}, from the launcher"
+        raise InputError(f"{fault}: use --mixed_precision bf16, fp16 or no there", shared=True)
     if wanted == "fp16" and runtime.device.type == "cpu":
         raise InputError("--precision fp16 needs a GPU: use bf16 or no", shared=True)
     have_bf16 = all(has for _, has in told)
@@ -177,15 +180,8 @@ def _agree_on_precision(
 
 
 def _launchers_precision() -> str | None:
-    """What the launcher was told, or None: it says `no` where nobody chose.
-
-    Raises:
-        InputError: a precision that is not supported.
-    """
+    """What the launcher was told, or None: it says `no` where nobody chose."""
     told = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
-    if told not in PRECISIONS:
-        fault = f"ACCELERATE_MIXED_PRECISION is {told}, from the launcher"
-        raise InputError(f"{fault}: use --mixed_precision bf16, fp16 or no there")
     return None if told == "no" else told
 
 
