@@ -257,6 +257,6 @@ def set_threads(wanted: int) -> None:
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if not wanted and asked.isdecimal() and not (launched and asked == "1"):
-        return
+        wanted = int(asked)
     share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(wanted or max(1, share))
