@@ -12,6 +12,10 @@ from data_prep.manifest import Manifest
 from mnist_fast.augment import MEAN, SD, augment, derive_key
 from mnist_fast.config import Config
 from mnist_fast.data import ResidentFeed, Sharding, StreamFeed, keep_for_training, read_all, share
+from mnist_fast.errors import InputError
+from mnist_fast.evaluate import Outcome, evaluate, inspect
+from mnist_fast.model import Network
+from mnist_fast.records import Evaluation
 from mnist_fast.runtime import Runtime
 
 RESIDENT_FRACTION = 0.25  # of the device's free memory that a resident data set may take
@@ -37,6 +41,50 @@ class EvaluationSet:
         """Images and labels."""
         return self.images, self.labels
 
+    def evaluate(self, network: Network, runtime: Runtime, translations: int = 0) -> Evaluation:
+        """Evaluates a network, the same on every process, on the images of all processes."""
+        return evaluate(network, *self.part, runtime, self.total, translations)
+
+    def inspect(self, network: Network, runtime: Runtime) -> Outcome:
+        """A network's predictions for the images of all processes."""
+        return inspect(network, *self.part, runtime)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """All the data of a run.
+
+    Attributes:
+        manifest, folder: of the betons.
+        sharding: of the training images.
+        feed: hands out the training images.
+        evaluation_set: this process's share of the evaluated images.
+    """
+
+    manifest: Manifest
+    folder: Path
+    sharding: Sharding
+    feed: Feed
+    evaluation_set: EvaluationSet
+
+    @property
+    def sha256(self) -> str:
+        """The checksum that stands for both betons."""
+        return betons.data_sha256(self.manifest)
+
+
+def open_data(config: Config, runtime: Runtime) -> Data:
+    """Checks a run's data and opens it on the device.
+
+    Raises:
+        InputError: the data is missing, damaged or unsuitable.
+    """
+    manifest, folder = open_betons(config, runtime)
+    sharding = cut(config, manifest, runtime)
+    feed = open_feed(config, manifest, folder, sharding, runtime.device)
+    evaluation_set = open_evaluation_set(config, manifest, folder, runtime)
+    return Data(manifest, folder, sharding, feed, evaluation_set)
+
 
 def open_betons(config: Config, runtime: Runtime) -> tuple[Manifest, Path]:
     """The checked manifest and its folder; the main process prepares the data where it is missing.
@@ -44,10 +92,14 @@ def open_betons(config: Config, runtime: Runtime) -> tuple[Manifest, Path]:
     The folder decides the data set's name, whatever --dataset says.
 
     Raises:
-        InputError: no data, or data that fails its checksums.
+        InputError: no data, data that fails its checksums, or other data on another machine.
     """
     folder = runtime.on_main(lambda: find_betons(config))
-    return betons.check(folder), folder
+    manifests = runtime.on_each(lambda: betons.check(folder))
+    if len({betons.data_sha256(manifest) for manifest in manifests}) > 1:
+        fault = f"{folder} holds different data on different machines"
+        raise InputError(f"{fault}: copy one folder to all", shared=True)
+    return manifests[runtime.rank], folder
 
 
 def find_betons(config: Config) -> Path:

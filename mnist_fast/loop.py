@@ -1,17 +1,13 @@
 """The training loop: `train(config)` is the whole interface."""
 
-import functools
 import math
-import sys
 import time
 from collections.abc import Callable
 
-from data_prep import betons
 from mnist_fast import (
     checkpoint,
     datasets,
     figures,
-    files,
     profiling,
     progress,
     provenance,
@@ -25,7 +21,6 @@ from mnist_fast import (
 )
 from mnist_fast.config import Config
 from mnist_fast.errors import InputError, RunError, Stopped
-from mnist_fast.evaluate import evaluate, inspect
 from mnist_fast.model import build_network, check_name, count_parameters, layer_table
 from mnist_fast.records import Evaluation, Record
 from mnist_fast.resume import Identity, Progress
@@ -73,25 +68,20 @@ class Run:
         self.config = config
         self.runtime = runtime = Runtime(config)
         self.parts.end("start")
-        self.manifest, self.betons = datasets.open_betons(config, runtime)
-        self.data_sha256 = betons.data_sha256(self.manifest)
-        self.sharding = datasets.cut(config, self.manifest, runtime)
+        self.data = datasets.open_data(config, runtime)
         self.parts.end("data")
         runtime.seed(config.seed)
         network = build_network(config.network, config.dropout)
-        self.plan = steps.plan(config, network, runtime, self.sharding)
+        self.plan = steps.plan(config, network, runtime, self.data.sharding)
         runtime.set_precision(self.plan.job.precision)
-        self.parts.end("compile")
-        data = (config, self.manifest, self.betons)
-        self.feed = datasets.open_feed(*data, self.sharding, runtime.device)
-        self.evaluation_set = datasets.open_evaluation_set(*data, runtime)
-        self.parts.end("data")
         runtime.seed_process(config.seed)
         self.state = TrainState(config, network, runtime.device)
         self.step = self.plan.build(self.state, runtime)
         # after all that may be refused: it leaves an empty folder otherwise
-        self.folder = runtime.on_main(lambda: run_folder.choose(config, self.manifest.dataset))
-        self.identity = Identity.of(self.plan.job, self.plan.mode.name, self.data_sha256)
+        dataset = self.data.manifest.dataset
+        self.folder = runtime.on_main(lambda: run_folder.choose(config, dataset))
+        self.identity = Identity.of(self.plan.job, self.plan.mode.name, self.data.sha256)
+        self.facts = self.find_facts()
         self.progress = Progress()
         self.tracker = Tracker(config, runtime, self.folder)
         self.startup_seconds = 0.0
@@ -103,20 +93,19 @@ class Run:
     def train(self) -> Record:
         """Trains from where the run stands to its end; returns the summary."""
         with signals.leaving_at_once():
-            wandb_id = self.resume()
+            wandb_id = self.restore()
         self.parts.end("checkpoints")
-        over = self.progress.epoch >= self.config.epochs
-        read_summary = functools.partial(run_folder.read_summary, self.folder)
-        if over and (finished := self.runtime.on_main(read_summary)):
-            self.say(f"{self.folder} is finished: nothing to do")
+        if finished := self.find_end():
+            self.runtime.say(f"{self.folder} is finished: nothing to do")
             return finished
-        self.say(self.plan.describe())
+        self.runtime.say(self.plan.describe())
         try:
             with signals.leaving_at_once():
                 self.set_out(wandb_id)
             profile = self.config.profile and self.runtime.is_main
             folder = self.folder / "profile" if profile else None
-            with profiling.profile(folder, self.runtime.device, self.say) as self.after_step:
+            say = self.runtime.say
+            with profiling.profile(folder, self.runtime.device, say) as self.after_step:
                 while self.progress.epoch < self.config.epochs:
                     self.run_epoch()
             return self.conclude()
@@ -125,57 +114,65 @@ class Run:
 
     def set_out(self, wandb_id: str | None) -> None:
         """Starts the tracker, compiles and shows what the network will see."""
-        self.tracker.start(self.facts(), self.progress.records, wandb_id)
+        self.tracker.start(self.facts, self.progress.records, wandb_id)
         self.parts.end("tracker")
-        self.step.warm_up(self.feed.example())
+        self.step.warm_up(self.data.feed.example())
         self.parts.end("compile")
-        if self.runtime.is_main and figures.samples_missing(self.folder):
-            samples = datasets.preview(self.config, self.feed)
+        if self.runtime.is_main and not self.progress.global_step:
+            samples = datasets.preview(self.config, self.data.feed)
             figures.draw_samples(self.folder, samples)
             self.parts.end("figures")
-            if not self.progress.global_step:
-                layers = list(layer_table(build_network(self.config.network)))  # draws randomly
-                self.tracker.log_inputs(samples, layers, self.betons / "manifest.json")
+            # draws random numbers: every start from the beginning has to
+            layers = list(layer_table(build_network(self.config.network)))
+            self.tracker.log_inputs(samples, layers, self.data.folder / "manifest.json")
             self.parts.end("tracker")
 
-    def resume(self) -> str | None:
+    def restore(self) -> str | None:
         """Restores the newest valid checkpoint, if there is one; returns its W&B id."""
-        found = self.runtime.on_main(lambda: resume.find(self.config, self.folder, self.say))
+        say = self.runtime.say
+        found = self.runtime.on_main(lambda: resume.find(self.config, self.folder, say))
         if found is None:
             return None
         self.progress = resume.restore(found, self.identity, self.state, self.step, self.runtime)
-        self.say(f"resumed at epoch {self.progress.epoch + 1}, step {self.progress.step}")
+        say(f"resumed at epoch {self.progress.epoch + 1}, step {self.progress.step}")
         if difference := resume.different_rounding(found.state, self.identity):
-            self.say(f"resumed: {difference}")
+            say(f"resumed: {difference}")
         return found.state["wandb_id"]
+
+    def find_end(self) -> Record | None:
+        """The summary of a run that has nothing left to do; None where something is left."""
+        epochs = self.config.epochs
+        if self.progress.epoch < epochs:
+            return None
+        return self.runtime.on_main(lambda: run_folder.read_summary(self.folder, epochs))
 
     def conclude(self) -> Record:
         """Saves the weights, the results and the summary; returns the summary."""
         summary, network = self.summarise(), self.state.best_network()
         weights = self.folder / "weights.safetensors"
         if self.runtime.is_main:
-            about = {"network": self.config.network, "dataset": self.manifest.dataset}
+            about = {"network": self.config.network, "dataset": self.data.manifest.dataset}
             checkpoint.save_weights(weights, network.state_dict(), about)
-        outcome = inspect(network, *self.evaluation_set.part, self.runtime)
+        outcome = self.data.evaluation_set.inspect(network, self.runtime)
         self.parts.end("evaluation")
         if self.runtime.is_main:
-            steps, records = self.sharding.steps, self.progress.records
-            figures.draw_results(self.folder, self.config, steps, records, outcome)
+            drawn = (self.config, self.data.sharding.steps, self.progress.records, outcome)
+            figures.draw_results(self.folder, *drawn)
         self.parts.end("figures")
         self.tracker.log_outcome(outcome)
         self.tracker.log_weights(weights, summary)
-        self.say(report.describe_run(self.folder, summary, self.progress.records))
+        self.runtime.say(report.describe_run(self.folder, summary, self.progress.records))
         self.tracker.finish(summary)
         self.parts.end("closing")
         summary["seconds"] = self.parts.seconds()
         self.tracker.write_summary(summary)
-        self.say(f"time: {timing.describe(summary['seconds'])}")
+        self.runtime.say(f"time: {timing.describe(summary['seconds'])}")
         return summary
 
     # The epoch
 
     def run_epoch(self) -> None:
-        """Trains one epoch (or its rest), evaluates, records, saves."""
+        """Trains an epoch, or the rest of one, evaluates, records and saves."""
         train = self.train_epoch()
         self.parts.end("training")
         for _, network in self.state.networks():
@@ -189,7 +186,7 @@ class Run:
         self.progress.step, self.progress.epoch_seconds = 0, 0.0
         self.state.totals.zero_()
         self.tracker.log_epoch(record)
-        self.say(records.describe(record, self.config.epochs))
+        self.runtime.say(records.describe(record, self.config.epochs))
         self.parts.end("tracker")
         every, epoch = self.config.checkpoint_every, self.progress.epoch
         if epoch == self.config.epochs or (every and epoch % every == 0):
@@ -198,15 +195,12 @@ class Run:
     def train_epoch(self) -> Evaluation:
         """Trains the rest of the current epoch; returns its training loss and accuracy."""
         started = time.perf_counter()
-        at = self.progress
+        at, steps_per_epoch = self.progress, self.data.sharding.steps
         settings = Settings.of_epoch(self.config, at.epoch)
-        batches = self.feed.epoch(at.epoch, at.step)
-        if self.runtime.is_main and sys.stderr.isatty():
-            rest = range(at.step, self.sharding.steps)
-            totals = self.state.totals
-            batches = progress.show_epoch(batches, at.epoch, self.config.epochs, rest, totals)
-        for batch in batches:
-            rate = learning_rate(self.config, at.global_step, self.sharding.steps)
+        bar = (self.config.epochs, range(at.step, steps_per_epoch), self.state.totals)
+        batches = self.data.feed.epoch(at.epoch, at.step)
+        for batch in progress.show_epoch(batches, at.epoch, *bar, self.runtime.is_main):
+            rate = learning_rate(self.config, at.global_step, steps_per_epoch)
             self.step.run(batch, settings.at(rate))
             self.after_step()
             at.step += 1
@@ -224,8 +218,8 @@ class Run:
 
     def evaluate(self, translations: int = 0) -> Evaluation:
         """Evaluates the best network on every image of the evaluation set."""
-        part, total = self.evaluation_set.part, self.evaluation_set.total
-        return evaluate(self.state.best_network(), *part, self.runtime, total, translations)
+        images = self.data.evaluation_set
+        return images.evaluate(self.state.best_network(), self.runtime, translations)
 
     def require_finite(self, loss: float) -> None:
         """Ends the run if a loss, the same on every process, is not finite."""
@@ -247,12 +241,8 @@ class Run:
 
     def save(self) -> None:
         """Writes a checkpoint; every process hands in its own state."""
-        contents = resume.contents(
-            *(self.identity, self.progress, self.state, self.step),
-            *(self.runtime, self.tracker.wandb_id),
-        )
-        if self.runtime.is_main:
-            path = checkpoint.save(self.folder / "checkpoints", contents, resume.check_state)
+        run = (self.identity, self.progress, self.state, self.step, self.runtime)
+        if path := resume.save(self.folder, *run, self.tracker.wandb_id):
             self.tracker.log_checkpoint(path, self.progress.epoch)
         self.parts.end("checkpoints")
 
@@ -269,8 +259,8 @@ class Run:
             evaluation,
             self.progress.epoch_seconds,
             global_step=self.progress.global_step,
-            dataset=self.manifest.dataset,
-            learning_rate=learning_rate(self.config, last, self.sharding.steps),
+            dataset=self.data.manifest.dataset,
+            learning_rate=learning_rate(self.config, last, self.data.sharding.steps),
             gradient_norm=None if scaled else self.state.gradient_norm(),
         )
 
@@ -278,27 +268,25 @@ class Run:
         """The content of `summary.json`."""
         translated = self.evaluate(self.config.tta) if self.config.tta else None
         return records.summary(
-            *(self.config, self.progress.records, self.evaluation_set.total, translated),
-            **self.facts(),
+            self.config,
+            self.progress.records,
+            self.data.evaluation_set.total,
+            translated,
+            **self.facts,
             startup_seconds=self.startup_seconds,
             versions=provenance.versions(),
         )
 
-    def facts(self) -> Record:
+    def find_facts(self) -> Record:
         """Facts about the run that are not in its configuration."""
         return {
-            "dataset": self.manifest.dataset,
-            "parameters": count_parameters(self.state.network),
+            "dataset": self.data.manifest.dataset,
+            "parameters": count_parameters(self.plan.job.network),
             "world_size": self.runtime.world_size,
             "device": self.runtime.device_name,
             "precision": self.runtime.precision,
-            "feed": self.feed.name,
+            "feed": self.data.feed.name,
             "step": self.plan.mode.name,
             "git_commit": provenance.git_commit(),
-            "data_sha256": self.data_sha256,
+            "data_sha256": self.data.sha256,
         }
-
-    def say(self, message: str) -> None:
-        """Prints a line, on the main process."""
-        if self.runtime.is_main:
-            files.say(message)

@@ -1,5 +1,6 @@
 """The bar that a terminal shows while an epoch is trained."""
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -13,9 +14,9 @@ FORMAT = "{percentage:3.0f} % |{bar:20}| {desc}"
 
 
 def show_epoch(
-    batches: Iterable[Batch], epoch: int, epochs: int, steps: range, totals: Tensor
+    batches: Iterator[Batch], epoch: int, epochs: int, steps: range, totals: Tensor, active: bool
 ) -> Iterator[Batch]:
-    """Hands on the rest of an epoch's batches, with a bar.
+    """Hands on the rest of an epoch's batches, with a bar where standard error is a terminal.
 
     Args:
         batches: the rest.
@@ -23,7 +24,10 @@ def show_epoch(
         epochs: of the run.
         steps: first step and number of steps of the epoch.
         totals: sum of losses, correct predictions and images so far.
+        active: false on all processes but the main one, where there is no bar.
     """
+    if not (active and sys.stderr.isatty()):
+        return batches
     later = (epochs - epoch - 1) * steps.stop
     return show(batches, f"epoch {epoch + 1}/{epochs}", steps, later, totals.tolist)
 

@@ -103,6 +103,24 @@ def check_state(state: Any) -> None:
 # What a checkpoint holds
 
 
+def save(
+    folder: Path,
+    identity: Identity,
+    progress: Progress,
+    state: TrainState,
+    step: Step,
+    runtime: Runtime,
+    wandb_id: str | None,
+) -> Path | None:
+    """Writes a checkpoint into a run's folder; every process must call it.
+
+    Returns:
+        The checkpoint's folder, on the main process.
+    """
+    found = contents(identity, progress, state, step, runtime, wandb_id)
+    return checkpoint.save(folder / "checkpoints", found, check_state) if runtime.is_main else None
+
+
 def contents(
     identity: Identity,
     progress: Progress,

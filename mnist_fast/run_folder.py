@@ -30,11 +30,15 @@ def choose(config: Config, dataset: str) -> Path:
     return folder
 
 
-def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary of a run that has come to its end; None where files of its end are missing."""
-    with contextlib.suppress(OSError, ValueError):
+def read_summary(folder: Path, epochs: int) -> dict[str, Any] | None:
+    """The summary of a run that has come to its end.
+
+    None where files of its end are missing, or are those of an earlier end with fewer epochs.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if (folder / "weights.safetensors").is_file():
-            return json.loads(read_file(folder / "summary.json", MAX_SUMMARY))
+            summary = json.loads(read_file(folder / "summary.json", MAX_SUMMARY))
+            return summary if summary["epochs"] == epochs else None
     return None
 
 

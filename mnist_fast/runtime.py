@@ -19,6 +19,7 @@ from mnist_fast import signals
 from mnist_fast.augment import derive_key
 from mnist_fast.config import Config
 from mnist_fast.errors import InputError, RunError, one_line
+from mnist_fast.files import say
 from mnist_fast.launch_environment import TRUE, check_accelerate, check_launch_environment
 from mnist_fast.provenance import device_name
 
@@ -155,12 +156,35 @@ class Runtime:
             raise InputError(fault, shared=True)
         return result
 
+    def on_each(self, action: Callable[[], T]) -> list[T]:
+        """Runs an action on every process; all results on every process, by rank.
+
+        Raises:
+            InputError: on every process, where the action raised it on one.
+        """
+        result, fault = None, ""
+        try:
+            result = action()
+        except InputError as error:
+            fault = str(error)
+        told = self.gather((result, fault))
+        for rank, (_, fault) in enumerate(told):
+            if fault:
+                where = f"on process {rank}: " if rank else ""
+                raise InputError(f"{where}{fault}", shared=True)
+        return [result for result, _ in told]
+
     def gather(self, value: Any) -> list[Any]:
         """Every process's value (any that pickles), on every process, by rank."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value, group=self._host_group)
         return values
+
+    def say(self, message: str) -> None:
+        """Prints a line, on the main process."""
+        if self.is_main:
+            say(message)
 
     def wait(self) -> None:
         """Returns when every process has come here."""

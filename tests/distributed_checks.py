@@ -4,13 +4,17 @@ torchrun ... distributed_checks.py BETONS OUT runs every check, writes OUT/resul
 process, and ends with a training run whose exit status is the script's.
 """
 
+import dataclasses
 import hashlib
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from stepping import Trained
 
+from data_prep.betons import load_manifest
+from mnist_fast import datasets
 from mnist_fast.augment import augment, derive_key
 from mnist_fast.cli import load
 from mnist_fast.data import ResidentFeed, Sharding, StreamFeed, read_all, share
@@ -98,7 +102,26 @@ def evaluations(betons, runtime):
     return found
 
 
-def agreements(runtime):
+def other_data(betons, runtime):
+    """What is said where the last process finds other, valid betons under the same path."""
+
+    def check(folder):
+        manifest = load_manifest(folder)
+        if runtime.rank < runtime.world_size - 1:
+            return manifest
+        train = dataclasses.replace(manifest.train, sha256=manifest.test.sha256)
+        return dataclasses.replace(manifest, train=train)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.betons, "check", check)
+        try:
+            datasets.open_betons(load(options(betons)), runtime)
+        except InputError as error:
+            return str(error)
+    return None
+
+
+def agreements(betons, runtime):
     """What the processes tell each other."""
 
     def refuse():
@@ -108,6 +131,15 @@ def agreements(runtime):
         runtime.on_main(refuse)
     except InputError as error:
         refused = (str(error), error.shared)
+
+    def look():
+        if runtime.rank == runtime.world_size - 1:
+            raise InputError("only the last process looked")
+
+    try:
+        runtime.on_each(look)
+    except InputError as error:
+        refused_by_last = (str(error), error.shared)
     # a request of the last process alone is obeyed by all, in the same step
     last = runtime.rank == runtime.world_size - 1
     asked = [runtime.agree_to_stop(last) for _ in range(2 * STOP_INTERVAL)]
@@ -115,7 +147,10 @@ def agreements(runtime):
         "broadcast": runtime.gather(runtime.broadcast(("from", runtime.rank))),
         "gather": runtime.gather(runtime.rank),
         "on_main": runtime.gather(runtime.on_main(lambda: runtime.rank)),
+        "on_each": runtime.on_each(lambda: runtime.rank),
         "refused": runtime.gather(refused),
+        "refused by last": runtime.gather(refused_by_last),
+        "other data": runtime.gather(other_data(betons, runtime)),
         "stop": runtime.gather(asked),
     }
 
@@ -127,7 +162,7 @@ def all_checks(betons, runtime):
         "ddp": gradients(betons, runtime, both_feeds[0], "eager"),
         "flat": gradients(betons, runtime, both_feeds[0], "compiled"),
         "evaluations": evaluations(betons, runtime),
-        "agreements": agreements(runtime),
+        "agreements": agreements(betons, runtime),
     }
 
 

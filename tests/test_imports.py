@@ -34,7 +34,7 @@ SIDEWAYS = {
     "steps.captured": {"steps.compiled"},
     "wandb_run": {"wandb_files", "wandb_panels", "wandb_wishes"},
 }
-DATA_PREP_FOR = {"datasets", "export", "loop"}  # who may ask for the betons
+DATA_PREP_FOR = {"datasets", "export"}  # who may ask for the betons
 DATA_PREP = {"data_prep.betons", "data_prep.manifest"}
 
 # Only these may import what stands in front, at the top or inside a function.

@@ -102,6 +102,12 @@ def test_the_processes_agree(together, processes):
     assert agreed["broadcast"] == [("from", 0)] * processes
     assert agreed["on_main"] == [0] * processes
     assert agreed["refused"] == [("only the main process looked", True)] * processes
+    last = processes - 1
+    assert agreed["on_each"] == list(range(processes))
+    told = f"on process {last}: only the last process looked"
+    assert agreed["refused by last"] == [(told, True)] * processes
+    (told,) = set(agreed["other data"])
+    assert told.endswith("holds different data on different machines: copy one folder to all")
     (answers,) = {tuple(answers) for answers in agreed["stop"]}
     assert True in answers  # the same answer everywhere, and in time
 

@@ -1,6 +1,7 @@
 """Whole runs in this process, on the digits: what they leave, and what they depend on."""
 
 import dataclasses
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_the_summary_follows_from_the_records(finished):
 
 def test_the_last_epoch_and_the_best_are_told_apart(small_betons, tmp_path, monkeypatch):
     results = iter([Evaluation(0.5, accuracy, 360) for accuracy in (50.0, 90.0, 70.0)])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: next(results))
+    monkeypatch.setattr(datasets, "evaluate", lambda *_: next(results))
     summary = run(small_betons, tmp_path, "--epochs", 3)
     assert summary["test_accuracy"] == 70
     assert (summary["best_test_accuracy"], summary["best_epoch"]) == (90, 2)
@@ -184,6 +185,36 @@ def test_an_end_that_is_damaged_is_made_again(short, small_betons, tmp_path, nam
     run(small_betons, folder, "--recipe", "notebook", "--learning_rate", 0.1)
     assert read_summary(folder)["test_accuracy"] == read_summary(short)["test_accuracy"]
     assert same_weights(short, folder)
+
+
+def test_an_end_that_failed_is_not_taken_for_the_earlier_one(
+    short, small_betons, tmp_path, monkeypatch
+):
+    """A run was finished, went on for another epoch, and failed when it wrote its results."""
+    folder, options = tmp_path / "run", ("--recipe", "notebook", "--learning_rate", 0.1)
+    options = (*options, "--epochs", 3)
+    shutil.copytree(short, folder)
+
+    def fill_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_weights", fill_disk)
+        with pytest.raises(RunError, match="No space left"):
+            run(small_betons, folder, *options)
+    assert run(small_betons, folder, *options)["epochs"] == 3
+    run(small_betons, tmp_path / "whole", *options)
+    assert same_weights(tmp_path / "whole", folder)
+
+
+def test_each_run_of_a_program_has_the_threads_that_were_asked_for(
+    small_betons, tmp_path, monkeypatch
+):
+    """Native steps leave torch a single one."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    for name in ("one", "two"):
+        summary = run(small_betons, tmp_path / name, "--step", "native", "--threads", 0)
+        assert summary["device"].endswith("2 threads")
 
 
 # What a run depends on
@@ -384,6 +415,8 @@ def test_a_try_without_a_checkpoint_is_begun_again(short, small_betons, tmp_path
     folder.mkdir()
     for name in ("config.yaml", "metrics.jsonl"):
         shutil.copy(short / name, folder)
+    (folder / "figures").mkdir()
+    (folder / "figures" / "samples.png").write_bytes(b"drawn by the first try")
     run(small_betons, folder, "--recipe", "notebook", "--learning_rate", 0.1)
     assert same_weights(short, folder)
     assert len(read_records(folder)) == 2

@@ -58,7 +58,7 @@ def test_a_summary_tells_them_apart(small_betons, in_process, tmp_path):
     record |= {"epoch_seconds": 1.0, "images_per_second": 1.0}
     training.progress.records.append(record)
     summary = training.summarise()
-    held_out, network = training.evaluation_set, training.state.best_network()
+    held_out, network = training.data.evaluation_set, training.state.best_network()
     expected = evaluate(network, *held_out.part, training.runtime, held_out.total, 1)
     assert summary["validation_accuracy_tta"] == expected.accuracy
     assert summary["validation_loss_tta"] == expected.loss
