@@ -1,4 +1,4 @@
-"""Everything that is to be measured on a GPU, in under nine minutes: `make bench-gpu`.
+"""Seeds, throughput and start-up on one GPU, in under nine minutes: `make bench-gpu`.
 
     python benchmarks/gpu.py [--minutes 9] [--out FOLDER] [NAME ...]
 
@@ -38,8 +38,9 @@ def measurements() -> list[Measurement]:
     bf16 = ("--precision", "bf16", "--step", "captured")
     return [
         seeds("fast-captured-bf16", 5, *bf16),
+        seeds("fast", 20),
         Measurement("throughput", ("throughput.py", "--minutes", "3", "--rounds", "3"), 240.0),
-        seeds("fast-muon", 10, "--optimizer", "muon", "--learning_rate", "0.05"),
+        seeds("fast-muon", 20, "--optimizer", "muon", "--learning_rate", "0.05"),
         seeds("scale-captured-bf16", 5, "--recipe", "scale", *bf16),
         Measurement("startup", ("startup.py", "--rounds", "2"), 120.0),
         seeds("fast-captured-float32", 3, "--precision", "no", "--step", "captured"),

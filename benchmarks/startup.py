@@ -5,7 +5,7 @@
 In each round two launches take turns: one that only imports torch and accelerate, the floor, and
 `accelerate launch train.py --epochs 1` with W&B offline and all figures drawn. The overhead is the
 time of the second less its training. One round before fills caches and does not count. Prints the
-medians and the run's own table of parts; writes startup.json.
+medians and the run's own table of parts; writes startup.json, or startup-gpu.json with a GPU.
 """
 
 import json
@@ -21,6 +21,7 @@ import psutil
 
 from benchmarks import records
 from benchmarks.records import ROOT
+from benchmarks.seeds import count_gpus
 from mnist_fast.timing import PARTS, seconds_since_start
 
 TRAIN = str(ROOT / "train.py")
@@ -106,7 +107,8 @@ def main() -> int:
     print(format_table(medians))
     ratio = medians["overhead"] / medians["floor"]
     record = {"runs": runs, "medians": medians, "overhead_by_floor": ratio}
-    records.write("startup", options, summary, record)
+    name = "startup-gpu" if count_gpus() else "startup"
+    records.write(name, options, summary, record)
     return 0
 
 
