@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mnist_fast.augment import augment, derive_key, normalise, scale_pixels
 from mnist_fast.config import Config
 from mnist_fast.data import Batch, Sharding
+from mnist_fast.kernels import build
 from mnist_fast.model import Network, build_network
 from mnist_fast.optim import build_optimizer, first_state
 from mnist_fast.runtime import Runtime
@@ -237,6 +238,41 @@ def sum_of_losses(log_probabilities: Tensor, labels: Tensor, smoothing: float) -
     return -likelihood
 
 
+class Augmentation:
+    """Makes inputs of images, with one epoch's draws.
+
+    What differs from step to step lies in tensors, whose addresses a CUDA graph can hold.
+
+    Args:
+        job: of the run.
+        compiled: whether whole batches go through compiled code; a smaller last one does not.
+    """
+
+    def __init__(self, job: Job, compiled: bool = False):
+        self._config, self._size = job.config, job.sharding.local_size
+        self._key = torch.zeros((), dtype=torch.int64, device=job.device)
+        self._position = torch.zeros((), dtype=torch.int64, device=job.device)
+        self._offsets = torch.arange(self._size, device=job.device)
+        self._key_written = 0
+        self._augment_whole = augment
+        if compiled:
+            build.prepare_inductor(job.device.type)
+            self._augment_whole = torch.compile(augment, dynamic=False)
+
+    def set(self, position: int, key: int) -> None:
+        """Sets the place of the next batch in its epoch, and the key of the epoch's draws."""
+        self._position.fill_(position)
+        if key != self._key_written:
+            self._key.fill_(key)
+            self._key_written = key
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Augmented and normalised images, float32 (n, 1, 28, 28), of uint8 ones."""
+        positions = self._position + self._offsets[: len(images)]
+        function = self._augment_whole if len(images) == self._size else augment
+        return function(self._config, images, positions, self._key)
+
+
 class BackpropStep:
     """A step by torch's backpropagation, of which modes replace parts.
 
@@ -248,13 +284,10 @@ class BackpropStep:
         self.job, self.state, self.runtime = job, state, runtime
         self.config = job.config
         self.place_networks()
-        device, size = job.device, job.sharding.local_size
         self._parameters = list(state.network.parameters())  # a walk through modules takes 0.1 ms
         self._settings = Settings(0.0, 0, 0, augmented=True)
-        self._rate = torch.zeros((), device=device)
-        self._key = torch.zeros((), dtype=torch.int64, device=device)
-        self._position = torch.zeros((), dtype=torch.int64, device=device)
-        self._offsets = torch.arange(size, device=device)
+        self._rate = torch.zeros((), device=job.device)
+        self._augmentation = Augmentation(job)
         self.optimizer_state = self.set_up_optimizer()
 
     def place_networks(self) -> None:
@@ -286,9 +319,7 @@ class BackpropStep:
     def write_settings(self, batch: Batch, settings: Settings) -> None:
         """Writes the settings into the tensors that the next step reads."""
         self._rate.fill_(settings.learning_rate)
-        self._position.fill_(batch.position)
-        if settings.augment_key != self._settings.augment_key:
-            self._key.fill_(settings.augment_key)
+        self._augmentation.set(batch.position, settings.augment_key)
         self._settings = settings
 
     def body(self, batch: Batch) -> None:
@@ -305,12 +336,7 @@ class BackpropStep:
         images = batch.gather_images()
         if not self._settings.augmented:
             return normalise(scale_pixels(images))
-        positions = self._position + self._offsets[: len(images)]
-        return self.augment(images, positions)
-
-    def augment(self, images: Tensor, positions: Tensor) -> Tensor:
-        """Augmented and normalised images of an epoch's positions."""
-        return augment(self.config, images, positions, self._key)
+        return self._augmentation(images)
 
     def gradients(self, inputs: Tensor, labels: Tensor, batch: Batch) -> Tensor:
         """Computes the parameters' gradients; returns the numbers to add to the totals.

@@ -5,11 +5,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mnist_fast.augment import augment
 from mnist_fast.data import Batch
 from mnist_fast.kernels import abi, build
 from mnist_fast.runtime import Runtime
-from mnist_fast.steps.base import BackpropStep, Job, TrainState, unchanged
+from mnist_fast.steps.base import Augmentation, BackpropStep, Job, TrainState, unchanged
 
 
 class CompiledStep(BackpropStep):
@@ -30,10 +29,8 @@ class CompiledStep(BackpropStep):
         super().__init__(job, state, runtime)
         build.prepare_inductor(job.device.type)
         self._forward_whole = torch.compile(super().forward, dynamic=False)
-        # on CPUs the eager kernels are the faster ones
-        self._augment = (
-            torch.compile(augment, dynamic=False) if job.device.type == "cuda" else augment
-        )
+        if job.device.type == "cuda":  # on CPUs the eager kernels are the faster ones
+            self._augmentation = Augmentation(job, compiled=True)
         self._gradient: Tensor | None = None
         if runtime.world_size > 1:  # exchanged as it is: nothing is copied
             self._gradient = torch.zeros(
@@ -46,11 +43,6 @@ class CompiledStep(BackpropStep):
         with unchanged(self.state, self.optimizer_state):
             self.body(example)
         self.clear_gradients()
-
-    def augment(self, images: Tensor, positions: Tensor) -> Tensor:
-        """Augmented and normalised images; only whole batches go through compiled code."""
-        whole = len(images) == self.job.sharding.local_size
-        return (self._augment if whole else augment)(self.config, images, positions, self._key)
 
     def forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of losses, and the numbers to add to the totals."""

@@ -1,18 +1,18 @@
 """The whole step as one kernel of our own, on large GPUs in float32."""
 
 import ctypes
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mnist_fast.augment import ELASTIC, augment, interpolation_basis, warps
+from mnist_fast.augment import ELASTIC, interpolation_basis, warps
 from mnist_fast.data import Batch
 from mnist_fast.kernels import abi, build, hopper
 from mnist_fast.model import IMAGE_SIZE
 from mnist_fast.optim import first_state
 from mnist_fast.runtime import Runtime
-from mnist_fast.steps.base import Job, OptimizerState, Settings, TrainState
+from mnist_fast.steps.base import Augmentation, Job, OptimizerState, Settings, TrainState
 
 
 class FusedStep:
@@ -53,15 +53,11 @@ class FusedStep:
         if kernel is None:
             raise build.BuildError(reason)
         self._kernel = kernel
-        self._augments = job.config.resampling == "nearest"
+        # the kernel itself resamples by the nearest pixel alone
+        self._augmentation: Augmentation | None = None
+        if job.config.resampling != "nearest":
+            self._augmentation = Augmentation(job, compiled=job.device.type == "cuda")
         self._moves = bool(warps(job.config) or job.config.brightness or job.config.contrast)
-        self._key = torch.zeros((), dtype=torch.int64, device=job.device)
-        self._offsets = torch.arange(job.sharding.local_size, device=job.device)
-        self._augment: Any = augment
-        if not self._augments:
-            build.prepare_inductor(job.device.type)
-            if job.device.type == "cuda":
-                self._augment = torch.compile(augment, dynamic=False)
         buffers = self._lay_out(job)
         self._arguments = abi.HopperArguments(
             **{name: tensor.data_ptr() for name, tensor in buffers.items()},
@@ -122,23 +118,16 @@ class FusedStep:
 
     def warm_up(self, example: Batch) -> None:
         """Compiles the augmentation that the kernel does not support."""
-        if not self._augments:
-            self._inputs(example)
+        if self._augmentation is not None:
+            self._augmentation(example.gather_images())
 
     def run(self, batch: Batch, settings: Settings) -> None:
         """Trains on a batch; does not wait for the device."""
         inputs = None
-        if settings.augmented and not self._augments:
-            self._key.fill_(settings.augment_key)
-            inputs = self._inputs(batch)
+        if settings.augmented and self._augmentation is not None:
+            self._augmentation.set(batch.position, settings.augment_key)
+            inputs = self._augmentation(batch.gather_images())
         self.launch(batch, inputs, settings)
-
-    def _inputs(self, batch: Batch) -> Tensor:
-        """Augmented and normalised images, float32 (batch, 1, 28, 28)."""
-        images = batch.gather_images()
-        positions = self._offsets[: len(images)] + batch.position
-        whole = len(images) == len(self._offsets)
-        return (self._augment if whole else augment)(self.config, images, positions, self._key)
 
     def launch(self, batch: Batch, inputs: Tensor | None, settings: Settings) -> None:
         """Starts the kernel.
@@ -149,7 +138,7 @@ class FusedStep:
             settings: of the step.
         """
         a = self._arguments
-        if not a.ticket:
+        if not a.ticket:  # the first step: before it there is no gradient
             for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
                 parameter.grad = gradient
         a.images, a.labels = batch.images.data_ptr(), batch.labels.data_ptr()

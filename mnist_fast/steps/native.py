@@ -37,9 +37,9 @@ class NativeStep(BackpropStep):
         return None
 
     def __init__(self, job: Job, state: TrainState, runtime: Runtime):
-        self._augmentation = None
+        self._native_augmentation = None
         if job.config.resampling == "nearest":
-            self._augmentation = cpu.NativeAugmentation(job.config, runtime.threads)
+            self._native_augmentation = cpu.NativeAugmentation(job.config, runtime.threads)
         super().__init__(job, state, runtime)
 
     def place_networks(self) -> None:
@@ -65,10 +65,10 @@ class NativeStep(BackpropStep):
 
     def inputs(self, batch: Batch) -> Tensor:
         """Augmented and normalised images, float32 (batch, 1, 28, 28)."""
-        if self._augmentation is None or not self._settings.augmented:
+        if self._native_augmentation is None or not self._settings.augmented:
             return super().inputs(batch)
         key = self._settings.augment_key
-        return self._augmentation(batch.images, batch.rows, batch.position, key)
+        return self._native_augmentation(batch.images, batch.rows, batch.position, key)
 
     def gradients(self, inputs: Tensor, labels: Tensor, batch: Batch) -> Tensor:
         """Computes the parameters' gradients; returns the numbers to add to the totals."""
