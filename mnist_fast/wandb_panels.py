@@ -9,6 +9,7 @@ from typing import Any
 
 from mnist_fast.evaluate import Outcome
 from mnist_fast.model import LayerRow
+from mnist_fast.pages import tile
 
 DIGITS = list("0123456789")
 SLURM = (
@@ -34,8 +35,9 @@ def show_inputs(wandb: Any, samples: Any, layers: Sequence[LayerRow]) -> dict[st
     columns = ["#", "layer", "kernel", "stride", "padding", "output"]
     columns += ["receptive field", "jump", "parameters"]
     rows = [[number, *_cells(layer)] for number, layer in enumerate(layers, start=1)]
+    page, _ = tile(samples[1], columns=8)
     return {
-        "augmented_batch": wandb.Image(tile(samples[1]), caption=caption),
+        "augmented_batch": wandb.Image(page, caption=caption),
         "layers": wandb.Table(columns=columns, data=rows),
     }
 
@@ -76,19 +78,6 @@ def summarise(summary: dict[str, Any], records: Sequence[dict[str, Any]]) -> dic
         if values := [r[name] for r in records if r.get(name) is not None]:
             whole[name] = {"min": min(values), "max": max(values), "last": values[-1]}
     return whole
-
-
-def tile(images: Any, columns: int = 8) -> Any:
-    """Lays uint8 images (n, 28, 28) out in rows, one white pixel apart; unused places are white."""
-    import numpy as np
-
-    count, height, width = images.shape
-    rows = -(-count // columns)
-    sheet = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1), 255, np.uint8)
-    for index, image in enumerate(images):
-        top, left = index // columns * (height + 1), index % columns * (width + 1)
-        sheet[top : top + height, left : left + width] = image
-    return sheet
 
 
 def slurm_facts() -> dict[str, str]:

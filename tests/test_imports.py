@@ -15,7 +15,7 @@ LAYERS = [
     | {"schedule", "sheet"},
     {"checkpoint", "data", "pictures", "profiling", "progress", "kernels.abi", "kernels.build"}
     | {"kernels.cpu", "kernels.hopper", "runtime", "evaluate"},
-    {"datasets", "steps.base"},
+    {"datasets", "pages", "steps.base"},
     {"steps.eager", "steps.compiled", "steps.captured", "steps.native", "steps.fused"},
     {"steps"},
     {"wandb_files", "wandb_panels", "wandb_run", "wandb_wishes"},
