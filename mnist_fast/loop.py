@@ -30,7 +30,7 @@ from mnist_fast.steps import Settings, TrainState
 from mnist_fast.tracking import Tracker
 
 
-@naming_lost_processes()
+@naming_lost_processes()  # also where a process is lost before the run has a folder
 def train(config: Config) -> Record:
     """Trains a network as configured and returns what `summary.json` holds.
 
