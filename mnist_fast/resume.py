@@ -117,28 +117,16 @@ def save(
     Returns:
         The checkpoint's folder, on the main process.
     """
-    found = contents(identity, progress, state, step, runtime, wandb_id)
-    return checkpoint.save(folder / "checkpoints", found, check_state) if runtime.is_main else None
-
-
-def contents(
-    identity: Identity,
-    progress: Progress,
-    state: TrainState,
-    step: Step,
-    runtime: Runtime,
-    wandb_id: str | None,
-) -> Checkpoint:
-    """A run's checkpoint as it stands; every process must call it."""
-    return Checkpoint(
-        _tensors(state, step, runtime),
-        {
-            **dataclasses.asdict(identity),
-            **dataclasses.asdict(progress),
-            "scaler": runtime.scaler_state(),
-            "wandb_id": wandb_id,
-        },
-    )
+    tensors = _tensors(state, step, runtime)
+    if not runtime.is_main:
+        return None
+    values = {
+        **dataclasses.asdict(identity),
+        **dataclasses.asdict(progress),
+        "scaler": runtime.scaler_state(),
+        "wandb_id": wandb_id,
+    }
+    return checkpoint.save(folder / "checkpoints", Checkpoint(tensors, values), check_state)
 
 
 def _tensors(state: TrainState, step: Step, runtime: Runtime) -> dict[str, Tensor]:
