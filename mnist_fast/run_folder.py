@@ -33,12 +33,13 @@ def choose(config: Config, dataset: str) -> Path:
 def read_summary(folder: Path, epochs: int) -> dict[str, Any] | None:
     """The summary of a run that has come to its end.
 
-    None where files of its end are missing, or are those of an earlier end with fewer epochs.
+    None where files of its end are missing, or are those of an earlier end with fewer epochs. A
+    summary has `seconds` when W&B has got everything.
     """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         if (folder / "weights.safetensors").is_file():
             summary = json.loads(read_file(folder / "summary.json", MAX_SUMMARY))
-            return summary if summary["epochs"] == epochs else None
+            return summary if summary["epochs"] == epochs and summary["seconds"] else None
     return None
 
 
