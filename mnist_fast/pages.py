@@ -22,6 +22,7 @@ MISREAD_SHOWN, MISREAD_COLUMNS = 40, 8
 SAMPLES_SHOWN = 12
 SIDE = 28  # pixels of a digit
 TITLE_SIZE, TEXT_SIZE = 26, 20  # dots, on a page of digits
+TITLE_WIDTH = 150  # pixels that the title of `before_and_after` needs
 FRAME = 75  # shade of grey
 DPI = 150
 PNG_LEVEL = 3  # of 9: a quarter less time than the usual 6, for files a tenth larger
@@ -83,7 +84,8 @@ def before_and_after(samples: NDArray[np.uint8]) -> Page:
     shown = samples[:, :SAMPLES_SHOWN]
     columns = shown.shape[1]
     images = shown.reshape(-1, SIDE, SIDE)
-    pixels, corners = tile(255 - images, columns, gap=(4, 2), margins=(13, 2, 2, 18))
+    right = max(2, TITLE_WIDTH - 18 - columns * (SIDE + 2))
+    pixels, corners = tile(255 - images, columns, gap=(4, 2), margins=(13, right, 2, 18))
     title = "training images before and after augmentation"
     page = Page(pixels, scale=4, frames=corners)
     page.texts.append(((pixels.shape[1] / 2, 2), "ma", TITLE_SIZE, title))

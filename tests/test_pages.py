@@ -32,7 +32,8 @@ PAGES = {
     "misread": lambda: misread(make_outcome(9_000, 8_000), "validation"),
     "one misread": lambda: misread(make_outcome(500, 1), "test"),
     "samples": lambda: before_and_after(make_samples(32)),
-    "few samples": lambda: before_and_after(make_samples(6)),
+    "few samples": lambda: before_and_after(make_samples(4)),
+    "two samples": lambda: before_and_after(make_samples(2)),
 }
 
 
