@@ -6,9 +6,13 @@ import contextlib
 import io
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+
+# Seconds for the main process to say why: a launcher ends it when another process has left
+MAINS_LEAD = 1.0
 
 
 class _OneLineError(Exception):
@@ -75,8 +79,13 @@ def one_line(error: BaseException) -> str:
 
 
 def report_error(error: _OneLineError | Stopped, program: str) -> int:
-    """Prints an error as one line on standard error and returns its exit status."""
-    if not (error.shared and _rank()):
+    """Prints an error as one line on standard error and returns its exit status.
+
+    The main process prints what all processes know. The others leave after it.
+    """
+    if error.shared and _rank():
+        time.sleep(MAINS_LEAD)
+    else:
         with contextlib.suppress(OSError):  # a full disk, a closed pipe: the status tells it too
             print(f"{program}: error: {one_line(error)}", file=sys.stderr, flush=True)
     return 2 if isinstance(error, InputError) else 1

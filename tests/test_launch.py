@@ -121,6 +121,41 @@ def test_a_batch_they_cannot_share_is_refused_in_one_line(together, processes):
     assert f"batch_size 125 is not divisible by {processes} processes" in lines[0]
 
 
+SLOW_MAIN = """
+import sys, time
+from data_prep import betons
+from mnist_fast.cli import load
+from mnist_fast.errors import InputError, leave, run_main
+from mnist_fast.loop import train
+from mnist_fast.runtime import Runtime
+
+gather, check = Runtime.gather, betons.check
+
+def gather_slowly(self, value):
+    found = gather(self, value)
+    time.sleep(0 if self.rank else 0.4)
+    return found
+
+def find_damage(folder):
+    raise InputError("train.beton is damaged")
+
+Runtime.gather = gather_slowly
+betons.check = find_damage
+leave(run_main(lambda: train(load(sys.argv[1:])), "train.py"))
+"""
+
+
+@pytest.mark.slow
+def test_the_reason_is_told_also_where_the_main_process_is_the_slower_one(small_betons, tmp_path):
+    """A launcher ends it as soon as the other one has left."""
+    script = tmp_path / "slow_main.py"
+    script.write_text(SLOW_MAIN)
+    options = (*QUICK, "--data_dir", small_betons, "--batch_size", 96)
+    done = helpers.torchrun(2, script, *options, cwd=tmp_path)
+    (line,) = error_lines(done.stderr)
+    assert "train.beton is damaged" in line
+
+
 def test_a_loss_that_is_not_finite_stops_both_processes_with_one_line(together):
     _, done, out = together(2)
     assert done.returncode == 1
