@@ -118,13 +118,15 @@ class Run:
         self.parts.end("tracker")
         self.step.warm_up(self.data.feed.example())
         self.parts.end("compile")
-        if self.runtime.is_main and not self.progress.global_step:
+        first = not self.progress.global_step
+        if self.runtime.is_main and (first or figures.samples_missing(self.folder)):
             samples = datasets.preview(self.config, self.data.feed)
             figures.draw_samples(self.folder, samples)
             self.parts.end("figures")
-            # draws random numbers: every start from the beginning has to
-            layers = list(layer_table(build_network(self.config.network)))
-            self.tracker.log_inputs(samples, layers, self.data.folder / "manifest.json")
+            if first:
+                # draws random numbers: every start from the beginning has to
+                layers = list(layer_table(build_network(self.config.network)))
+                self.tracker.log_inputs(samples, layers, self.data.folder / "manifest.json")
             self.parts.end("tracker")
 
     def restore(self) -> str | None:

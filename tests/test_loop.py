@@ -28,9 +28,11 @@ from mnist_fast.augment import augment, derive_key
 from mnist_fast.cli import load
 from mnist_fast.data import epoch_order
 from mnist_fast.errors import InputError, RunError
+from mnist_fast.figures import NAMES as figure_names
 from mnist_fast.loop import train
 from mnist_fast.model import build_network
 from mnist_fast.records import Evaluation
+from mnist_fast.runtime import set_threads
 from mnist_fast.schedule import learning_rate
 
 
@@ -176,14 +178,21 @@ def test_a_finished_run_is_left_as_it_is(finished, small_betons, capsys):
 
 @pytest.mark.parametrize(
     "name, content",
-    [("summary.json", "{cut"), ("summary.json", None), ("weights.safetensors", None)],
+    [
+        ("summary.json", "{cut"),
+        ("summary.json", '{"epochs": 2, "test_accuracy": 1.0}'),  # written before W&B's end
+        ("summary.json", None),
+        ("weights.safetensors", None),
+    ],
 )
 def test_an_end_that_is_damaged_is_made_again(short, small_betons, tmp_path, name, content):
     folder = tmp_path / "run"
     shutil.copytree(short, folder)
     (folder / name).unlink() if content is None else (folder / name).write_text(content)
     run(small_betons, folder, "--recipe", "notebook", "--learning_rate", 0.1)
-    assert read_summary(folder)["test_accuracy"] == read_summary(short)["test_accuracy"]
+    summary = read_summary(folder)
+    assert summary["seconds"]
+    assert summary["test_accuracy"] == read_summary(short)["test_accuracy"]
     assert same_weights(short, folder)
 
 
@@ -215,6 +224,26 @@ def test_each_run_of_a_program_has_the_threads_that_were_asked_for(
     for name in ("one", "two"):
         summary = run(small_betons, tmp_path / name, "--step", "native", "--threads", 0)
         assert summary["device"].endswith("2 threads")
+
+
+@pytest.mark.parametrize("asked", ["0", "2147483648", "many", ""])
+def test_what_is_no_number_of_threads_is_ignored(monkeypatch, asked):
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    before = torch.get_num_threads()
+    try:
+        set_threads(0)
+        assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_run_from_another_folders_checkpoint_has_all_pictures(short, small_betons, tmp_path):
+    """Also one whose pictures were deleted."""
+    (first, *_) = sorted((short / "checkpoints").iterdir())
+    options = ("--recipe", "notebook", "--learning_rate", 0.1, "--resume", first)
+    run(small_betons, tmp_path / "run", *options, figures=True)
+    drawn = {path.stem for path in (tmp_path / "run" / "figures").iterdir()}
+    assert drawn == set(figure_names)
 
 
 # What a run depends on
