@@ -25,6 +25,7 @@ setup: ## uv, FFCV's system libraries and the locked environment in .venv
 # HF_HOME.
 NO_CONFIGURATION := $(CURDIR)/.venv/no-accelerate-configuration
 train: setup ## prepare the data and train, e.g. make train ARGS="--epochs 1 --seed 2"
+	@$(PYTHON) -m mnist_fast.cli --dataset auto $(ARGS) >/dev/null # a mistake is told before anything starts
 	$(PYTHON) -m data_prep --dataset auto
 	HF_HOME=$(NO_CONFIGURATION) .venv/bin/accelerate launch train.py --dataset auto $(ARGS)
 

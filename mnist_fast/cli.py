@@ -1,5 +1,9 @@
-"""From recipe, YAML file and command line to a `Config`; the later ones win."""
+"""From recipe, YAML file and command line to a `Config`; the later ones win.
 
+`python -m mnist_fast.cli OPTIONS` prints what options of train.py come to, and trains nothing.
+"""
+
+import difflib
 import re
 import sys
 from collections.abc import Sequence
@@ -9,7 +13,7 @@ from typing import Any
 import yaml
 
 from mnist_fast.config import FIELDS, Config
-from mnist_fast.errors import InputError, one_line
+from mnist_fast.errors import InputError, one_line, run_main
 from mnist_fast.files import read_file
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -127,7 +131,7 @@ def _options_given(parser: Any, arguments: list[str]) -> dict[str, Any]:
     try:
         namespace = parser.parse_args(arguments, defaults=False)
     except ArgumentError as error:
-        raise InputError(f"{one_line(error)}; see train.py --help") from error
+        raise InputError(f"{_readable(error)}; see train.py --help") from error
     return {name: value for name, value in namespace.as_dict().items() if value is not None}
 
 
@@ -137,16 +141,52 @@ def _checked(parser: Any, where: str, layer: dict[str, Any]) -> dict[str, Any]:
 
     for key, value in layer.items():
         if key not in FIELDS:
-            raise InputError(f"{where}: unknown key '{key}'; see train.py --help")
+            fault = f"{where}: unknown key '{key}'{_suggestion(key)}"
+            raise InputError(f"{fault}; see train.py --help")
         if value is None and FIELDS[key].default is not None:  # the parser would take it
             raise InputError(f"{where}: {key} has no value")
     try:
         checked = parser.parse_object(layer, defaults=False).as_dict()
     except ArgumentError as error:
-        raise InputError(f"{where}: {one_line(error)}") from error
+        raise InputError(f"{where}: {_readable(error)}") from error
     return {name: checked[name] for name in layer}
+
+
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+
+
+def _readable(error: Exception) -> str:
+    """The parser's message in words for people, with a suggestion where an option is unknown."""
+    text = one_line(error)
+    if unknown := re.match(r"unrecognized arguments: --([\w-]+)", text, re.IGNORECASE):
+        return text + _suggestion(unknown[1])
+    fault = re.fullmatch(r'Parser key "(\w+)": Expected a (.*)\. Got value: (.*)', text)
+    if fault is None:
+        return text
+    name, expected, value = fault.groups()
+    if choices := re.fullmatch(r"typing\.Literal\[(.*)\]", expected):
+        words = choices[1].replace("'", "")
+        return f"{name} {value}: unknown, the choices are {words}"
+    kind = re.fullmatch(r"<class '(\w+)'>", expected)
+    return f"{name} {value}: it must be {KINDS.get(kind[1], kind[1])}" if kind else text
+
+
+def _suggestion(name: str) -> str:
+    """The option that was probably meant, in words; empty where none is like it."""
+    close = difflib.get_close_matches(name.replace("-", "_"), ["config", *FIELDS], n=1)
+    return f" (did you mean --{close[0]}?)" if close else ""
 
 
 def dump(config: Config) -> str:
     """The resolved choices as YAML that `--config` reads again."""
     return yaml.safe_dump(config.as_dict(), sort_keys=False)
+
+
+def main() -> int:
+    """Prints the choices that a command line comes to, as YAML."""
+    print(dump(load()), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, "train.py"))

@@ -117,6 +117,29 @@ def test_the_choices_cannot_be_changed_later():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--precision", "fp8"), "precision fp8: unknown, the choices are auto, no, bf16, fp16"),
+        (("--epochs", "many"), "epochs many: it must be a whole number"),
+        (("--learning_rate", "fast"), "learning_rate fast: it must be a number"),
+        (("--nesterov", "maybe"), "nesterov maybe: it must be true or false"),
+        (("--batch-size", "1"), "did you mean --batch_size?"),
+        (("--epoch", "1"), "did you mean --epochs?"),
+        (("--bogus", "1"), "unrecognized arguments: --bogus 1; see"),
+    ],
+)
+def test_a_refusal_is_in_words_for_people(arguments, said):
+    assert said in refusal(*arguments)
+
+
+def test_what_options_come_to_is_printed(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["cli", "--recipe", "notebook", "--epochs", "3"])
+    assert cli.main() == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed == load(["--recipe", "notebook", "--epochs", "3"]).as_dict()
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ("--bogus", "1"),
@@ -145,7 +168,7 @@ def test_a_bad_option_is_refused_and_named(arguments):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("epoch: 3", "unknown key 'epoch'"),
+        ("epoch: 3", "unknown key 'epoch' (did you mean --epochs?)"),
         ("config: other.yaml", "unknown key 'config'"),
         ("epochs: 1.5", "epochs"),
         ("epochs: true", "epochs"),

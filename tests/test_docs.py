@@ -146,7 +146,9 @@ def check_program(name, words, folder, monkeypatch):
 
 
 def check_python(words, folder, monkeypatch):
-    if words[0] == "-m":
+    if words[:2] == ["-m", "mnist_fast.cli"]:
+        check_train(words[2:], folder)
+    elif words[0] == "-m":
         name = f"{words[1]}.__main__" if words[1] == "data_prep" else words[1]
         check_program(name, words[2:], folder, monkeypatch)
     elif words[0] == "train.py":
