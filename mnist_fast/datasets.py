@@ -14,6 +14,7 @@ from mnist_fast.config import Config
 from mnist_fast.data import ResidentFeed, Sharding, StreamFeed, keep_for_training, read_all, share
 from mnist_fast.errors import InputError
 from mnist_fast.evaluate import Outcome, evaluate, inspect
+from mnist_fast.files import say
 from mnist_fast.model import Network
 from mnist_fast.records import Evaluation
 from mnist_fast.runtime import Runtime
@@ -112,7 +113,9 @@ def find_betons(config: Config) -> Path:
             return folder
     out = Path(config.data_dir) if config.data_dir else None
     manifest = betons.prepare(config.dataset, None, out)
-    return out or root / manifest.dataset
+    folder = out or root / manifest.dataset
+    say(f"data: {folder} had no manifest.json, so {manifest.dataset} was prepared there")
+    return folder
 
 
 def cut(config: Config, manifest: Manifest, runtime: Runtime) -> Sharding:
