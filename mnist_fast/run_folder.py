@@ -152,6 +152,8 @@ def reporting(folder: Path, active: bool) -> Iterator[None]:
     except OSError as error:
         where = error.filename2 or error.filename or folder  # the second is what was to be replaced
         message = f"{where}: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message += f": free space, then give the same command with --run_dir {folder}"
         raise RunError(message) from error
     except BaseException as error:
         message = str(error) or type(error).__name__
