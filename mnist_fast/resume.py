@@ -197,14 +197,21 @@ def restore_generators(states: dict[str, Tensor], device: torch.device) -> None:
 
 
 def check_exists(config: Config) -> None:
-    """Refuses a --resume that names nothing, before a folder is made for the run.
+    """Refuses a --resume that names no checkpoint, before a folder is made for the run.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: there is no such folder, or it is a run's.
     """
-    if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
+    if config.resume in ("auto", "never"):
+        return
+    named = Path(config.resume)
+    if not named.is_dir():
         raise InputError(
-            f"--resume: {config.resume}: No such file or directory: name a checkpoint's folder"
+            f"--resume: {named}: No such file or directory: name a checkpoint's folder"
+        )
+    if found := checkpoint.newest_first(named / "checkpoints"):
+        raise InputError(
+            f"--resume: {named} is a run's folder: name a checkpoint, such as {found[0]}"
         )
 
 
@@ -318,10 +325,16 @@ def different_rounding(state: dict[str, Any], identity: Identity) -> str | None:
 
 def _refuse(key: str, old: Any, new: Any) -> None:
     raise InputError(
-        f"cannot resume: the checkpoint has {key} {old}, this run {new}: "
+        f"cannot resume: the checkpoint has {key} {_short(old)}, this run {_short(new)}: "
         "use the same, or another --run_dir",
         shared=True,
     )
+
+
+def _short(value: Any) -> str:
+    """A value as text, of a checksum its beginning."""
+    text = str(value)
+    return f"{text[:12]}..." if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def check_tensors(tensors: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

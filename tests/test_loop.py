@@ -209,7 +209,7 @@ def test_an_end_that_failed_is_not_taken_for_the_earlier_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_weights", fill_disk)
-        with pytest.raises(RunError, match="No space left"):
+        with pytest.raises(RunError, match=f"No space left.*: free space.* --run_dir {folder}"):
             run(small_betons, folder, *options)
     assert run(small_betons, folder, *options)["epochs"] == 3
     run(small_betons, tmp_path / "whole", *options)
@@ -402,6 +402,21 @@ def test_the_folder_of_the_betons_names_the_data_set(small_betons, tmp_path):
     summary = run(folder, tmp_path / "run", "--dataset", "mnist")
     assert summary["dataset"] == "my-digits"
     assert read_records(tmp_path / "run")[-1]["dataset"] == "my-digits"
+
+
+def test_a_runs_folder_is_no_checkpoint(short, small_betons, tmp_path):
+    """Nothing is made for the run that was to go on from it."""
+    newest = max((short / "checkpoints").iterdir())
+    with pytest.raises(InputError, match=f"is a run's folder: name a checkpoint, such as {newest}"):
+        run(small_betons, tmp_path / "run", "--resume", short)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_was_missing_is_named_with_its_folder(tmp_path, capsys):
+    """A misspelt --data_dir would train on something else without a word."""
+    run(tmp_path / "betons", tmp_path / "run", "--dataset", "digits", "--epochs", 1)
+    said = f"data: {tmp_path / 'betons'} had no manifest.json, so digits was prepared there"
+    assert said in capsys.readouterr().out
 
 
 def test_a_file_in_the_checkpoints_place_is_refused(small_betons, tmp_path):
