@@ -22,6 +22,7 @@ import psutil
 from benchmarks import records
 from benchmarks.records import ROOT
 from benchmarks.seeds import count_gpus
+from mnist_fast.cli import load
 from mnist_fast.timing import PARTS, seconds_since_start
 
 TRAIN = str(ROOT / "train.py")
@@ -96,6 +97,7 @@ def main() -> int:
     """Measures, prints, writes; options it does not know are handed on to train.py."""
     options, choices = records.parse(records.build_parser(__doc__, rounds=3))
     choices = ["--epochs", "1", "--wandb", "offline", *choices]
+    load(choices)  # a mistake in them is told before anything is measured
     runs: list[dict[str, float]] = []
     for number in range(options.rounds + 1):
         floor = measure_floor(options.run_timeout)
