@@ -57,7 +57,7 @@ def find_digit(
     see("digit", digit)
     refuse_shapes(digit, grey)
     image = to_mnist(cut_out(ink, digit, noise), digit)
-    see("the network's input", image)
+    see("network's input", image)
     return image
 
 

@@ -18,7 +18,7 @@ CELL = 116  # pixels of a step's picture, which is 112 = 4 x 28 wide
 TEXT = 300
 COLUMNS = (
     *("picture", "without frame", "ink", "strokes", "without lines", "digit"),
-    *("the network's input", "answer"),
+    *("network's input", "answer"),
 )
 PAPER, INK, GOOD, BAD = (70, 74, 90), (255, 255, 255), (150, 230, 160), (255, 170, 150)
 
