@@ -146,13 +146,7 @@ class Runtime:
         Raises:
             InputError: on every process, where the action raised it.
         """
-        result, fault = None, ""
-        if self.is_main:
-            try:
-                result = action()
-            except InputError as error:
-                fault = str(error)
-        result, fault = self.broadcast((result, fault))
+        result, fault = self.broadcast(_attempt(action) if self.is_main else None)
         if fault:
             raise InputError(fault, shared=True)
         return result
@@ -163,12 +157,7 @@ class Runtime:
         Raises:
             InputError: on every process, where the action raised it on one.
         """
-        result, fault = None, ""
-        try:
-            result = action()
-        except InputError as error:
-            fault = str(error)
-        told = self.gather((result, fault))
+        told = self.gather(_attempt(action))
         for rank, (_, fault) in enumerate(told):
             if fault:
                 where = f"on process {rank}: " if rank else ""
@@ -242,6 +231,14 @@ class Runtime:
             self._finish_stop()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, str]:
+    """An action's result, or the message of the `InputError` that it raised."""
+    try:
+        return action(), ""
+    except InputError as error:
+        return None, str(error)
 
 
 def _asks_for_cpu() -> bool:
