@@ -245,7 +245,8 @@ class Augmentation:
 
     Args:
         job: of the run.
-        compiled: whether whole batches go through compiled code; a smaller last one does not.
+        compiled: whether whole batches go through compiled code on a GPU. A smaller last one does
+            not, and on CPUs the eager kernels are the faster ones.
     """
 
     def __init__(self, job: Job, compiled: bool = False):
@@ -255,7 +256,7 @@ class Augmentation:
         self._offsets = torch.arange(self._size, device=job.device)
         self._key_written = 0
         self._augment_whole = augment
-        if compiled:
+        if compiled and job.device.type == "cuda":
             build.prepare_inductor(job.device.type)
             self._augment_whole = torch.compile(augment, dynamic=False)
 
@@ -278,7 +279,12 @@ class BackpropStep:
 
     `run` writes the settings to where `body` reads them. What differs from step to step lies in
     tensors, whose addresses a CUDA graph can hold.
+
+    Attributes:
+        compiled: whether the mode lets torch compile the augmentation.
     """
+
+    compiled: ClassVar[bool] = False
 
     def __init__(self, job: Job, state: TrainState, runtime: Runtime):
         self.job, self.state, self.runtime = job, state, runtime
@@ -287,7 +293,7 @@ class BackpropStep:
         self._parameters = list(state.network.parameters())  # a walk through modules takes 0.1 ms
         self._settings = Settings(0.0, 0, 0, augmented=True)
         self._rate = torch.zeros((), device=job.device)
-        self._augmentation = Augmentation(job)
+        self._augmentation = Augmentation(job, self.compiled)
         self.optimizer_state = self.set_up_optimizer()
 
     def place_networks(self) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from mnist_fast.data import Batch
 from mnist_fast.kernels import abi, build
 from mnist_fast.runtime import Runtime
-from mnist_fast.steps.base import Augmentation, BackpropStep, Job, TrainState, unchanged
+from mnist_fast.steps.base import BackpropStep, Job, TrainState, unchanged
 
 
 class CompiledStep(BackpropStep):
@@ -19,6 +19,7 @@ class CompiledStep(BackpropStep):
     precisions: ClassVar[frozenset[str]] = frozenset({"no", "bf16"})
     min_images: ClassVar[int] = 400_000
     threads_change_no_bit: ClassVar[bool] = False
+    compiled: ClassVar[bool] = True
 
     @staticmethod
     def unsupported_reason(job: Job) -> str | None:
@@ -29,8 +30,6 @@ class CompiledStep(BackpropStep):
         super().__init__(job, state, runtime)
         build.prepare_inductor(job.device.type)
         self._forward_whole = torch.compile(super().forward, dynamic=False)
-        if job.device.type == "cuda":  # on CPUs the eager kernels are the faster ones
-            self._augmentation = Augmentation(job, compiled=True)
         self._gradient: Tensor | None = None
         if runtime.world_size > 1:  # exchanged as it is: nothing is copied
             self._gradient = torch.zeros(

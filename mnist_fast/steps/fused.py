@@ -56,7 +56,7 @@ class FusedStep:
         # the kernel itself resamples by the nearest pixel alone
         self._augmentation: Augmentation | None = None
         if job.config.resampling != "nearest":
-            self._augmentation = Augmentation(job, compiled=job.device.type == "cuda")
+            self._augmentation = Augmentation(job, compiled=True)
         self._moves = bool(warps(job.config) or job.config.brightness or job.config.contrast)
         buffers = self._lay_out(job)
         self._arguments = abi.HopperArguments(
