@@ -18,6 +18,7 @@ from mnist_fast.files import read_file
 
 RECIPES = Path(__file__).parent / "recipes"
 MAX_FILE = 100_000  # bytes of a configuration file that are read
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
 def recipe_names() -> list[str]:
@@ -150,9 +151,6 @@ def _checked(parser: Any, where: str, layer: dict[str, Any]) -> dict[str, Any]:
     except ArgumentError as error:
         raise InputError(f"{where}: {_readable(error)}") from error
     return {name: checked[name] for name in layer}
-
-
-KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
 def _readable(error: Exception) -> str:

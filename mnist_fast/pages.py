@@ -84,8 +84,9 @@ def before_and_after(samples: NDArray[np.uint8]) -> Page:
     shown = samples[:, :SAMPLES_SHOWN]
     columns = shown.shape[1]
     images = shown.reshape(-1, SIDE, SIDE)
-    right = max(2, TITLE_WIDTH - 18 - columns * (SIDE + 2))
-    pixels, corners = tile(255 - images, columns, gap=(4, 2), margins=(13, right, 2, 18))
+    left = 18
+    right = max(2, TITLE_WIDTH - left - columns * (SIDE + 2))
+    pixels, corners = tile(255 - images, columns, gap=(4, 2), margins=(13, right, 2, left))
     title = "training images before and after augmentation"
     page = Page(pixels, scale=4, frames=corners)
     page.texts.append(((pixels.shape[1] / 2, 2), "ma", TITLE_SIZE, title))
