@@ -14,14 +14,14 @@ from torch.nn.functional import nll_loss
 
 from mnist_fast.augment import augment, derive_key, normalise, scale_pixels
 from mnist_fast.config import Config
+from mnist_fast.errors import leave
 from mnist_fast.model import Network, build_network
 from mnist_fast.schedule import learning_rate
 
 
 def open_loader(path: str, batch_size: int, processes: int, **options: object) -> Loader:
     """Reads a beton in batches: images uint8 (batch, 1, 28, 28) and labels int64 (batch,)."""
-    image = [NDArrayDecoder(), ToTensor()]
-    label = [IntDecoder(), ToTensor(), Squeeze(1)]
+    image, label = [NDArrayDecoder(), ToTensor()], [IntDecoder(), ToTensor(), Squeeze(1)]
     workers = max(1, len(os.sched_getaffinity(0)) // processes)  # FFCV gives torch as many threads
     return Loader(path, batch_size, workers, pipelines={"image": image, "label": label}, **options)
 
@@ -63,7 +63,6 @@ def main() -> None:
     network = build_network("notebook")
     optimizer = torch.optim.SGD(network.parameters(), config.learning_rate, 0.9, nesterov=True)
     model, optimizer = accelerator.prepare(network, optimizer)  # FFCV's loaders stay as they are
-
     key = torch.tensor(derive_key(args.seed, 0, "augment"), device=accelerator.device)
     position = torch.arange(size, device=accelerator.device) + rank * size
     for epoch in range(args.epochs):
@@ -88,3 +87,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)  # Python's own end aborts a process whose group still has work under way

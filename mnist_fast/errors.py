@@ -118,8 +118,9 @@ def leave(status: int) -> NoReturn:
     """Ends this process, whose exit status is settled, and waits for no thread.
 
     Exit handlers run, and output is flushed. Python's own end goes further: it takes the
-    interpreter down while threads of libraries may still ask for it, and then such a thread aborts
-    the process.
+    interpreter down while threads of libraries may still ask for it. gloo's does, after each
+    exchange, to give the tensors back. Python ends such a thread, and C++ then aborts the process
+    ("terminate called without an active exception").
     """
     with contextlib.suppress(Exception):
         atexit._run_exitfuncs()

@@ -18,7 +18,7 @@ from mnist_fast import datasets
 from mnist_fast.augment import augment, derive_key
 from mnist_fast.cli import load
 from mnist_fast.data import ResidentFeed, Sharding, StreamFeed, read_all, share
-from mnist_fast.errors import InputError, run_main
+from mnist_fast.errors import InputError, leave, run_main
 from mnist_fast.evaluate import evaluate
 from mnist_fast.loop import train
 from mnist_fast.model import build_network
@@ -193,4 +193,4 @@ def main(betons, out):
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(Path, sys.argv[1:])))
+    leave(main(*map(Path, sys.argv[1:])))

@@ -49,7 +49,8 @@ def test_the_loop_is_short_and_needs_little_of_ours():
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("mnist_fast")
     }
-    assert ours == {f"mnist_fast.{name}" for name in ("augment", "config", "model", "schedule")}
+    names = ("augment", "config", "errors", "model", "schedule")
+    assert ours == {f"mnist_fast.{name}" for name in names}
 
 
 @pytest.mark.timeout(300)
@@ -65,6 +66,36 @@ def test_the_loop_learns_the_digits_and_tells_wandb(small_betons, tmp_path):
     ]
     assert [row["test_accuracy"] for row in rows] == pytest.approx(found, abs=0.01)
     assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+
+
+# Read by each Python at its start. What is posted here is done while the process ends.
+BUSY_GROUP = """
+import torch
+from torch import distributed
+
+destroy = distributed.destroy_process_group
+
+def destroy_later(*arguments):
+    for _ in range(3000):
+        distributed.all_reduce(torch.ones(1), async_op=True)
+    destroy(*arguments)
+
+distributed.destroy_process_group = destroy_later
+"""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("program", [LOOP, helpers.TRAIN], ids=["plain_loop", "train"])
+def test_work_of_the_group_does_not_abort_a_finished_process(small_betons, tmp_path, program):
+    """gloo's thread asks for the interpreter after each exchange, also while Python ends."""
+    (tmp_path / "sitecustomize.py").write_text(BUSY_GROUP)
+    options = ("--data_dir", small_betons, "--epochs", "1", "--wandb", "disabled")
+    if program is helpers.TRAIN:
+        options += (*QUICK, "--run_dir", tmp_path / "run")
+    on_path = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = helpers.torchrun(2, program, *options, cwd=tmp_path, environment=on_path, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert re.search("^epoch +1[:/]", done.stdout, re.M)
 
 
 @pytest.mark.slow

@@ -271,8 +271,10 @@ def test_two_ranks_share_one_gpu_over_gloo(tmp_path, small_betons):
         "from accelerate import PartialState\n"
         "PartialState(backend='gloo')\n"
         "from mnist_fast.cli import load\n"
+        "from mnist_fast.errors import leave\n"
         "from mnist_fast.loop import train\n"
         "train(load(sys.argv[1:]))\n"
+        "leave(0)\n"
     )
     folder = tmp_path / "run"
     done = helpers.launch(
