@@ -30,13 +30,13 @@ train: setup ## prepare the data and train, e.g. make train ARGS="--epochs 1 --s
 	HF_HOME=$(NO_CONFIGURATION) .venv/bin/accelerate launch train.py --dataset auto $(ARGS)
 
 test: setup ## the quick tests
-	$(LIMIT) 1080 $(PYTHON) -m pytest -m "not slow" $(SIDE_BY_SIDE) $(ARGS)
+	$(LIMIT) 1500 $(PYTHON) -m pytest -m "not slow" $(SIDE_BY_SIDE) $(ARGS)
 
 test-slow: setup test-needs ## the others: real training to accuracy, SLURM, faults
-	$(LIMIT) 2520 $(PYTHON) -m pytest -m slow $(ARGS)
+	$(LIMIT) 3600 $(PYTHON) -m pytest -m slow $(ARGS)
 
 test-all: setup test-needs ## all tests, under an hour on two cores
-	$(LIMIT) 3540 $(PYTHON) -m pytest $(ARGS)
+	$(LIMIT) 4800 $(PYTHON) -m pytest $(ARGS)
 
 test-gpu: setup ## what only GPUs can tell; skipped where there is none
 	$(LIMIT) 1800 $(PYTHON) -m pytest -m gpu $(ARGS)
