@@ -73,6 +73,19 @@ def mnist_betons(mnist_root, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def trained_on_mnist(mnist_betons, tmp_path_factory):
+    """Folder of a whole run of the default recipe."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    done = helpers.train_script(
+        *("--data_dir", mnist_betons, "--run_dir", folder, "--wandb", "disabled"),
+        cwd=folder.parent,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
 def launched_run(tmp_path_factory):
     """`accelerate launch train.py --dataset auto`, as `make train` does it, in an empty folder.
 

@@ -514,8 +514,8 @@ def test_one_epoch_of_mnist_is_enough_for_97_percent(mnist_betons, tmp_path):
 @pytest.mark.mnist
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_default_recipe_reaches_its_accuracy(mnist_betons, tmp_path):
-    options = ("--dataset", "mnist", "--epochs", 15, "--step", "auto")
-    summary = run(mnist_betons, tmp_path, *options)
+def test_the_default_recipe_reaches_its_accuracy(trained_on_mnist):
+    summary = read_summary(trained_on_mnist)
+    assert summary["epochs"] == 15
     assert summary["test_images"] == 10_000
     assert summary["test_accuracy"] >= 99.3

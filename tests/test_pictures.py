@@ -97,21 +97,11 @@ def test_pictures_of_any_size_and_content_end_in_a_digit_or_one_line():
 
 
 @pytest.fixture(scope="module")
-def network(mnist_betons, tmp_path_factory):
+def network(trained_on_mnist):
     """A network of the default recipe."""
-    import helpers
-
     from mnist_fast.predict import load_network
 
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    done = helpers.train_script(
-        *("--data_dir", mnist_betons, "--run_dir", folder, "--wandb", "disabled"),
-        *("--seed", "1", "--epochs", "15"),
-        cwd=folder.parent,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
-    return load_network(folder)[0]
+    return load_network(trained_on_mnist)[0]
 
 
 def accuracy(network, kind, images, labels):
