@@ -92,6 +92,7 @@ def test_killed_at_random_moments(options, reference, tmp_path):
                 assert ended == 0, process.said()
                 assert same_weights(run, undisturbed)
                 runs += 1
+                seconds *= 0.9  # the undisturbed run may have had a slow moment
     with started(tmp_path, *options, "--run_dir", run) as process:
         assert process.wait() == 0, process.said()
     assert same_weights(run, undisturbed)
@@ -114,12 +115,29 @@ def slow_save():
     module._write_files = write_slowly
 
 
+def held():
+    """Waits within the third epoch, of twelve steps each, until `go_on` is called."""
+
+    def hold():
+        print("held", flush=True)
+        deadline = time.monotonic() + faults.LIMIT
+        while not Path("go").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    tamper_step(hold, step=30)
+
+
+def go_on(process):
+    """Lets a run that is held go on."""
+    process.log.with_name("go").touch()
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name
 )
 @pytest.mark.parametrize(
     "moment, tamper, times",
-    [("epoch  2/", None, 1), ("epoch  1/", None, 2), ("saving", slow_save, 2)],
+    [("held", held, 1), ("held", held, 2), ("saving", slow_save, 2)],
     ids=["within an epoch", "twice", "during a save"],
 )
 def test_stopped(options, reference, tmp_path, number, moment, tamper, times):
@@ -130,6 +148,7 @@ def test_stopped(options, reference, tmp_path, number, moment, tamper, times):
         for _ in range(times):
             process.signal(number)
             time.sleep(0.05)
+        go_on(process)
         assert process.wait() == 1
         assert len(process.errors()) == 1
         assert "stopped on request at step" in process.errors()[0]
@@ -156,9 +175,10 @@ def reference_of_two(options, tmp_path_factory):
 def test_one_of_two_processes_is_asked_to_stop(options, reference_of_two, tmp_path, rank, number):
     """Both stop at the same step and go on to the same weights."""
     options = (*options, "--run_dir", tmp_path / "run")
-    with started_ranks(tmp_path, *free_ports(1), *options) as processes:
-        processes[0].wait_for_line("epoch  1/")
+    with started_ranks(tmp_path, *free_ports(1), *options, tampers=(held, None)) as processes:
+        processes[0].wait_for_line("held")
         processes[rank].signal(number)
+        go_on(processes[0])
         assert [process.wait() for process in processes] == [1, 1]
         assert "stopped on request at step" in processes[0].errors()[0]
         assert not processes[1].errors()
@@ -223,14 +243,15 @@ def test_a_disk_that_fills_up(options, reference, tmpfs, tmp_path):
     run = tmpfs(400) / "run"
     options = (*options, "--run_dir", run)
     filler = tmp_path / "disk" / "filler"
-    with started(tmp_path, *options, tamper=slow_save) as process:
-        process.wait_for_line("epoch  2/")
+    with started(tmp_path, *options, tamper=held) as process:
+        process.wait_for_line("held")
         fill(filler)
+        go_on(process)
         assert process.wait() == 1
         assert len(process.errors()) == 1
         assert "No space left on device" in process.errors()[0]
         assert "Traceback" not in process.said()
-    assert newest(run) in (12, 24)
+    assert newest(run) == 24
     filler.unlink()
     subprocess.run(["mount", "-o", "remount,size=8m", tmp_path / "disk"], check=True, timeout=20)
     with started(tmp_path, *options) as process:
@@ -329,13 +350,13 @@ def raising():
     tamper_step(fail)
 
 
-def tamper_step(action):
-    """Does something before the sixth step."""
+def tamper_step(action, step=6):
+    """Does something before a step; the first is number 1."""
     module = importlib.import_module("mnist_fast.steps.base")
     steps, call = iter(range(1, 10_000)), module.BackpropStep.run
 
     def tampered(self, *arguments):
-        if next(steps) == 6:
+        if next(steps) == step:
             action()
         return call(self, *arguments)
 
@@ -443,7 +464,8 @@ def dead_service():
             ["pgrep", "-P", str(os.getpid())], capture_output=True, text=True
         ).stdout.split()
         for pid in {*children, *ours}:
-            os.kill(int(pid), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # pgrep itself
+                os.kill(int(pid), signal.SIGKILL)
 
     tamper_step(kill_service)
 
@@ -474,11 +496,12 @@ def test_training_goes_on_when_wandbs_server_is_lost(options, reference, tmp_pat
     with Server() as server:
         environment = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
         choices = (*options, "--run_dir", run, "--wandb", "online")
-        with started(tmp_path, *choices, environment=environment) as process:
+        with started(tmp_path, *choices, environment=environment, tamper=held) as process:
             process.wait_for_line("W&B shows this run at")
-            process.wait_for_line("epoch  1/")
+            process.wait_for_line("held")
             asked = len(server.asked)
             server.go_away() if fault == "goes away" else server.fall_silent()
+            go_on(process)
             assert process.wait(2 * faults.LIMIT) == 0, process.said()
             assert "Traceback" not in process.said()
             assert process.said().count("W&B did not get everything; upload later: wandb sync") == 1
@@ -497,11 +520,12 @@ def test_a_full_disk_for_wandb_alone(options, reference, tmpfs, tmp_path, moment
     choices = (*options, "--run_dir", run, "--wandb", "offline")
     if moment == "from the start":
         fill(disk / "filler")
-    with started(tmp_path, *choices) as process:
-        process.wait_for_line("epoch  1/")
+    with started(tmp_path, *choices, tamper=held) as process:
+        process.wait_for_line("held")
         if moment == "within the run":
             assert list(disk.glob("wandb/offline-run-*"))
             fill(disk / "filler")
+        go_on(process)
         assert process.wait(2 * faults.LIMIT) == 0, process.said()
         assert "Traceback" not in process.said()
     assert os.statvfs(disk).f_bavail == 0
@@ -519,9 +543,7 @@ def test_a_port_in_use(options, tmp_path):
         server.listen()
         where = ("--run_dir", tmp_path / "run", "--process_timeout", "15")
         with started_ranks(tmp_path, port, *options, *where) as processes:
-            first = processes[
-                0
-            ]  # the other talks to whoever has the port, until a launcher ends it
+            first = processes[0]  # the other talks to whoever has the port
             assert first.wait() == 1
             assert f"port {port} is in use" in first.errors()[0]
             assert "Traceback" not in first.said()

@@ -155,7 +155,7 @@ def test_a_training_killed_as_an_epoch_ends_sends_every_epoch_once(
     with Server() as server:
         environment = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
         options = ("--dataset", "digits", "--step", "eager", "--precision", "no", "--wandb", mode)
-        options += ("--data_dir", small_betons, "--run_dir", tmp_path / "run", "--epochs", EPOCHS)
+        options += ("--data_dir", small_betons, "--run_dir", tmp_path / "run", "--epochs", 8)
         with faults.started(tmp_path, *options, environment=environment) as process:
             process.wait_for_line(f"epoch  {after}/")
             process.signal(signal.SIGKILL)
@@ -165,7 +165,7 @@ def test_a_training_killed_as_an_epoch_ends_sends_every_epoch_once(
             if mode == "offline":
                 sync(process.said(), server)
         (run,) = server.runs.values()
-        assert run.epochs == [1, 2, 3, 4]
+        assert run.epochs == list(range(1, 9))
         assert not run.repeated
         accuracies = [line["test_accuracy"] for line in run.history if "train_loss" in line]
         records = helpers.read_records(tmp_path / "run")
