@@ -108,14 +108,18 @@ def torchrun(processes, *arguments, cwd, timeout=300, environment=None):
     """`ACCELERATE_USE_CPU=true torchrun --nproc_per_node N ...` with gloo."""
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     on_cpu = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return launch(
-        *program,
-        f"--nproc_per_node={processes}",
-        *arguments,
-        cwd=cwd,
-        timeout=timeout,
-        environment=on_cpu | (environment or {}),
-    )
+    for _ in range(2):
+        done = launch(
+            *program,
+            f"--nproc_per_node={processes}",
+            *arguments,
+            cwd=cwd,
+            timeout=timeout,
+            environment=on_cpu | (environment or {}),
+        )
+        if "RendezvousConnectionError" not in done.stderr:  # its own store; nothing was started
+            break
+    return done
 
 
 def error_lines(stderr, program="train.py"):

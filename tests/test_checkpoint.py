@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import helpers
 import pytest
@@ -335,16 +334,19 @@ def test_a_folder_is_locked_as_long_as_its_process_lives(tmp_path):
 
 
 def test_a_child_that_lives_on_does_not_keep_the_lock(tmp_path):
+    reader, writer = os.pipe()
+
     def lock_and_leave_a_child():
+        os.close(writer)
         run_folder.lock(tmp_path)
         if not os.fork():
-            time.sleep(3)
+            os.read(reader, 1)  # until the test closes the other end
 
-    started = time.monotonic()
     assert forked(lock_and_leave_a_child) == 0
     run_folder.lock(tmp_path)
     run_folder.unlock(tmp_path)
-    assert time.monotonic() - started < 2
+    os.close(writer)
+    os.close(reader)
 
 
 def test_a_read_only_folder_is_refused_in_one_line(small_disk):

@@ -322,12 +322,17 @@ def writes_something_else(report: Report, folder: str) -> Any:
     return betons.write_and_read_back(report, folder)
 
 
-def use_child(monkeypatch: pytest.MonkeyPatch, child: Callable[..., Any]) -> None:
-    """Lets `prepare` run `child` instead of FFCV's writer as it is."""
+def use_child(
+    monkeypatch: pytest.MonkeyPatch, child: Callable[..., Any], silence: float = 60.0
+) -> None:
+    """Lets `prepare` run `child` instead of FFCV's writer as it is.
+
+    It may be silent so many seconds.
+    """
 
     def run_other(target: str, arguments: list[str], _: Limits, *more: Any, **named: Any) -> Any:
         other = f"{__name__}:{child.__name__}"
-        return run_watched(other, arguments, Limits(180.0, 8.0), *more, **named)
+        return run_watched(other, arguments, Limits(180.0, silence), *more, **named)
 
     monkeypatch.setattr(betons, "run_watched", run_other)
 
@@ -350,7 +355,7 @@ def test_failing_writer(
     monkeypatch,
 ) -> None:
     before = shared_memory()
-    use_child(monkeypatch, child)
+    use_child(monkeypatch, child, silence=8.0 if child is worker_hangs else 60.0)
     assert_refused(capsys, run("--source", idx_root, "--out", out), words)
     assert contents(out) == damaged
     left, deadline = shared_memory() - before, time.monotonic() + 60
@@ -387,7 +392,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 def wait_for_writer(out: Path, parent: int) -> int:
     """The watched child, once it is there."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
         if children and list(out.glob(".staging-*")):
@@ -404,7 +409,7 @@ def test_stop_leaves_nothing(number: int, status: int, idx_root: Path, tmp_path:
     printed = process.communicate(timeout=30)
     assert process.returncode == status
     assert printed == ("", "")
-    assert ends(child, 5.0)  # by itself, if the signal came while it was being started
+    assert ends(child, 30.0)  # by itself, if the signal came while it was being started
     assert not (tmp_path / "out").exists()
 
 
@@ -448,7 +453,7 @@ def test_after_kills_two_at_once_repair_the_folder(
     printed = [process.communicate(timeout=200) for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
     assert printed[0][0] == printed[1][0]
-    assert ends(child, 5.0)
+    assert ends(child, 30.0)
     assert contents(out) == {
         **contents(prepared),
         "manifest.json": (out / "manifest.json").read_bytes(),
@@ -681,7 +686,7 @@ def test_mnist_from_the_shell(mnist_root: Path, tmp_path: Path) -> None:
     assert manifest.train.pixel_mean == pytest.approx(0.1307, abs=5e-5)
     assert manifest.train.pixel_sd == pytest.approx(0.3081, abs=5e-5)
     # Processor time: about the time from the shell, but the same on a busy machine.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
 
 
 @pytest.mark.mnist

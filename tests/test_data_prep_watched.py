@@ -120,7 +120,7 @@ def test_failure_is_told_at_once(name: str, words: str) -> None:
     started = time.monotonic()
     with pytest.raises(WorkFailed, match=words):
         run(name)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 40
 
 
 @pytest.mark.parametrize("grandchild_is", ["asleep", "stopped", "deaf"])

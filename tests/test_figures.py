@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 
-import matplotlib
+import matplotlib.font_manager  # looks for fonts once, and warns if that takes long
 import pytest
 import torch
 from helpers import ROOT

@@ -356,7 +356,7 @@ def moved(network, start):
     ]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(480)
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler (g++)")
 def test_compiled_is_eager_within_rounding(runtime, feed):
     """And warming up, which compiles, changes nothing that training depends on.

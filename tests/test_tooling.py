@@ -326,6 +326,7 @@ def launch_probe(tmp_path, *arguments, gpus):
         "launch.check_cuda_p2p_ib_support = lambda: True\n"
         "launch.main()\n"
     )
+    arguments = ("--main_process_port", "0", *arguments)
     done = run(sys.executable, "launch.py", *arguments, "probe.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     return sorted(re.findall(r"^probe (.*)$", done.stdout, re.MULTILINE))
