@@ -1,6 +1,7 @@
 """Every choice of a run in one frozen dataclass: its default, its range and what it affects."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
 from mnist_fast.errors import InputError
@@ -221,6 +222,16 @@ class Config:
             raise InputError("nesterov needs a momentum above 0")
         if self.nesterov and self.optimizer == "adamw":
             raise InputError("nesterov is not supported with adamw: set it to false")
+
+    @property
+    def named_checkpoint(self) -> Path | None:
+        """The checkpoint that `resume` names; None where it names none."""
+        return None if self.resume in ("auto", "never") else Path(self.resume)
+
+    def resumes_from_outside(self, folder: Path) -> bool:
+        """Whether `resume` names a checkpoint that does not lie in a run's folder."""
+        named = self.named_checkpoint
+        return named is not None and folder.resolve() not in named.resolve().parents
 
     def as_dict(self) -> dict[str, Any]:
         """The choices as plain values, in order."""

@@ -202,9 +202,9 @@ def check_exists(config: Config) -> None:
     Raises:
         InputError: there is no such folder, or it is a run's.
     """
-    if config.resume in ("auto", "never"):
+    named = config.named_checkpoint
+    if named is None:
         return
-    named = Path(config.resume)
     if not named.is_dir():
         raise InputError(
             f"--resume: {named}: No such file or directory: name a checkpoint's folder"
@@ -226,30 +226,27 @@ def find(config: Config, folder: Path, say: Callable[[str], None]) -> Checkpoint
     Raises:
         InputError: there is none where one was named, or the folder holds another run's files.
     """
-    found, skipped = _choose(config.resume, folder)
+    found, skipped = _choose(config, folder)
     for reason in skipped:
         say(f"skipped a checkpoint: {reason}")
-    elsewhere = config.resume not in ("auto", "never") and (
-        folder.resolve() not in Path(config.resume).resolve().parents
-    )
-    if found is None or elsewhere:
+    if found is None or config.resumes_from_outside(folder):
         check_unused(folder, config)
     if skipped and not found:
         say("no checkpoint is valid: starting from the beginning")
     return found
 
 
-def _choose(wanted: str, folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def _choose(config: Config, folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint to go on from, and why newer ones are not taken."""
     checkpoints = folder / "checkpoints"
     if checkpoints.exists() and not checkpoints.is_dir():
         raise InputError(f"{checkpoints}: not a folder: move it away, or choose another --run_dir")
-    if wanted not in ("auto", "never"):
+    if named := config.named_checkpoint:
         try:
-            return checkpoint.load(Path(wanted), check_state), []
+            return checkpoint.load(named, check_state), []
         except checkpoint.CorruptCheckpointError as error:
             raise InputError(f"--resume: {error}: name a checkpoint's folder") from error
-    if wanted == "never":
+    if config.resume == "never":
         if checkpoint.newest_first(checkpoints):
             raise InputError(f"{folder} holds a run: choose another --run_dir or --resume")
         return None, []

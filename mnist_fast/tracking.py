@@ -149,10 +149,8 @@ class Tracker:
         A run that goes on from another folder's checkpoint is another run there too: both would
         send the same epochs.
         """
-        resume = self.config.resume
-        if resume not in ("auto", "never"):
-            ours = self.folder.resolve() in Path(resume).resolve().parents
-            wandb_id = wandb_id if ours else None
+        if self.config.resumes_from_outside(self.folder):
+            wandb_id = None
         given = os.environ.get("WANDB_RUN_ID", "")
         chosen = wandb_id or (given if ID.fullmatch(given) else None)
         # a try that did not come to a checkpoint left its id in the folder alone
