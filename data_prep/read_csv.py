@@ -19,6 +19,7 @@ _COLUMNS = 1 + _PIXELS
 _MAX_LINE = 1 << 16  # bytes; a line has at most 4 * 785, a header of long names about 12,000
 _BLOCK = 1 << 23  # bytes parsed at once
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SEPARATORS = (b",", b";", b"\t")  # spreadsheets write the last two where a comma is for decimals
 _SPLIT_WORD = re.compile(r"(?<![a-z])(train(?:ing)?|test(?:ing)?|t10k)(?![a-z])")
 
 
@@ -56,7 +57,8 @@ def read(split: str, files: tuple[File, ...]) -> Samples:
     """Reads one split from its file, strictly.
 
     Every line has 785 whole numbers from 0 to 255, the label first. A first line of names is left
-    out. Quotes around numbers, and a byte order mark, make no difference.
+    out. Semicolons or tabs between the numbers, quotes around them, and a byte order mark make no
+    difference.
 
     Raises:
         InputError: the file is not such a table; the message names the line.
@@ -64,8 +66,9 @@ def read(split: str, files: tuple[File, ...]) -> Samples:
     (file,) = files
     images, labels, count = [], [], 0
     with opened(file) as content:
-        first_line = 1 + _skip_header(file, content.stream)
-        for block in _blocks(file, content.stream):
+        named, separator = _skip_header(file, content.stream)
+        first_line = 1 + named
+        for block in _blocks(file, content.stream, separator):
             values = _parse(file, block, first_line + count)
             count += len(values)
             if count > MAX_SAMPLES:
@@ -76,15 +79,21 @@ def read(split: str, files: tuple[File, ...]) -> Samples:
     return Samples(np.concatenate(images), check_labels(file, np.concatenate(labels)))
 
 
-def _skip_header(file: File, stream: IO[bytes]) -> int:
-    """Leaves the stream at the first line of numbers; 1 if there was a line of names, else 0."""
+def _skip_header(file: File, stream: IO[bytes]) -> tuple[bool, bytes]:
+    """Leaves the stream at the first line of numbers.
+
+    Returns whether there was a line of names, and what separates the columns.
+    """
     line = stream.readline(_MAX_LINE)
     if not line.endswith(b"\n") and len(line) == _MAX_LINE:
         raise _long_line(file, 1)
     text = line.removeprefix(_BYTE_ORDER_MARK).strip().replace(b'"', b"")
-    fields = text.split(b",")
+    separator = max(_SEPARATORS, key=text.count)
+    fields = text.split(separator)
     if not text or kind(line) != UNKNOWN:
         raise bad(file, f"it is {kind(line)}" if line else "it is empty")
+    if b"\0" in line:
+        raise bad(file, "it is not plain text, perhaps UTF-16", "save it as UTF-8")
     if len(fields) != _COLUMNS:
         raise _wrong_columns(file, len(fields))
     named = not fields[-1].strip().isdigit()
@@ -93,7 +102,7 @@ def _skip_header(file: File, stream: IO[bytes]) -> int:
         raise bad(file, f"its first column is {first!r}", "put the label into the first column")
     if not named:
         stream.seek(len(_BYTE_ORDER_MARK) if line.startswith(_BYTE_ORDER_MARK) else 0)
-    return int(named)
+    return named, separator
 
 
 def _wrong_columns(file: File, columns: int) -> Exception:
@@ -104,7 +113,7 @@ def _wrong_columns(file: File, columns: int) -> Exception:
             "give a CSV with the label in a first column (of Kaggle's digit-recognizer only "
             "train.csv has one)",
         )
-    fault = f"its first line has {columns:,} columns instead of {_COLUMNS}, separated by commas"
+    fault = f"its first line has {columns:,} columns instead of {_COLUMNS}"
     if columns == 1 + 32 * 32:
         return bad(file, "its images are 32x32 instead of 28x28", "resize them to 28x28")
     return bad(file, fault, f"write the label and then {SIZE} x {SIZE} pixels")
@@ -116,9 +125,9 @@ def _long_line(file: File, number: int) -> Exception:
     )
 
 
-def _blocks(file: File, stream: IO[bytes]) -> Iterator[bytes]:
-    """The file in blocks of whole lines, without quotes and carriage returns."""
-    rest = b""
+def _blocks(file: File, stream: IO[bytes], separator: bytes) -> Iterator[bytes]:
+    """The file in blocks of whole lines, with commas, without quotes and carriage returns."""
+    commas, rest = bytes.maketrans(separator, b","), b""
     while chunk := stream.read(_BLOCK):
         block, newline, rest = (rest + chunk).rpartition(b"\n")
         if not newline:
@@ -126,9 +135,9 @@ def _blocks(file: File, stream: IO[bytes]) -> Iterator[bytes]:
         if len(rest) > _MAX_LINE:
             raise bad(file, f"it has a line of more than {_MAX_LINE:,} bytes", "an image per line")
         if block:
-            yield block.translate(None, b'\r"') + b"\n"
+            yield block.translate(commas, b'\r"') + b"\n"
     if rest.strip():
-        yield rest.translate(None, b'\r"') + b"\n"
+        yield rest.translate(commas, b'\r"') + b"\n"
 
 
 def _parse(file: File, block: bytes, first_line: int) -> NDArray[np.uint8]:

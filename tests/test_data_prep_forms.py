@@ -90,6 +90,8 @@ FORMS: dict[str, Maker] = {
     "CSV, Windows and quotes": lambda root: forms.tables(
         root, lineterminator="\r\n", quoting=1
     ),
+    "CSV, semicolons": lambda root: forms.tables(root, delimiter=";"),
+    "CSV, tabs": lambda root: forms.tables(root, header=False, delimiter="\t"),
     "CSV, upper case": capitals,
     "CSV, byte order mark": byte_order_mark,
     "CSV, zip": lambda root: forms.zipped(forms.tables(root / "in"), root / "digits.zip"),
@@ -350,6 +352,12 @@ def table_with(
     return make
 
 
+def as_utf_16(folder: Path) -> Path:
+    for path in folder.iterdir():
+        path.write_text(path.read_text(), encoding="utf-16")
+    return folder
+
+
 def large_pictures(root: Path) -> Path:
     folder = forms.pictures(root / "png")
     for path in folder.glob("test/3/*"):
@@ -429,6 +437,8 @@ REFUSED: dict[str, tuple[Maker, str]] = {
         table_with(lambda rows: [[*row[:-1], 256] for row in rows]), "line 2, column 785: '256'"),
     "CSV, negative": (
         table_with(lambda rows: [[*row[:-1], -1] for row in rows]), "line 2, column 785: '-1'"),
+    "CSV, UTF-16": (
+        lambda root: as_utf_16(forms.tables(root)), "is not plain text, perhaps UTF-16: save it"),
     "CSV, label 10": (
         table_with(lambda rows: [[10, *row[1:]] for row in rows]), "label 0 is 10"),
     "CSV, blank": (
