@@ -19,6 +19,7 @@ Box = tuple[int, int, int, int]  # left, top, width, height
 DIGIT_BOX = 20  # MNIST's digits fill a box of 20 x 20 pixels
 CENTRE = IMAGE_SIZE / 2  # pixel index on which their centre of mass lies
 MIN_STROKE = 2.2  # pixels of the 20; MNIST's strokes are 2 to 4 wide
+WIDEST = 1.1  # ratio of a digit's width to its height, where two parts make it
 MOST_HOLES = 4  # in the digit; an 8 has two
 MIN_CONTRAST = 0.08  # between digit and background, of the full range
 WIDEST_STROKE = 0.25  # of the longer side
@@ -388,11 +389,26 @@ def _grow(labels: NDArray[np.int32], main: Part, parts: list[Part]) -> list[Part
 
 
 def _refuse_several(kept: list[Part], others: list[Part]) -> None:
+    """Refuses a second digit: a large part away from the main one, or beside it.
+
+    What the picture's edge cuts off may be anything, but not where the digit is cut off too.
+    """
     main = kept[0]
-    if any(
-        not o.at_edge and o.height > 0.5 * main.height and o.area > 0.25 * main.area for o in others
-    ):
+    second = [part for part in others if part.at_edge <= main.at_edge]
+    second += [part for part in kept[1:] if _is_beside(part, main)]
+    if any(part.height > 0.5 * main.height and part.area > 0.25 * main.area for part in second):
         raise ImageError(SEVERAL)
+
+
+def _is_beside(one: Part, other: Part) -> bool:
+    """Whether two parts share next to no column and are too wide together for one digit.
+
+    The two strokes of an open 4 are beside each other too.
+    """
+    left, right = min(one.left, other.left), max(one.left + one.width, other.left + other.width)
+    top, end = min(one.top, other.top), max(one.top + one.height, other.top + other.height)
+    shared = one.width + other.width - (right - left)
+    return shared <= 0.1 * min(one.width, other.width) and right - left > WIDEST * (end - top)
 
 
 def refuse_shapes(digit: Mask, grey: Grey) -> None:

@@ -316,6 +316,30 @@ def several_digits(images, rng):
     return finished(on_paper(sheet, rng.uniform(0.7, 1) * uneven(sheet.shape, rng), 0.1), rng, 0.01)
 
 
+def close_digits(images, rng):
+    """Two digits as near to each other as those of a number."""
+    side = int(rng.integers(84, 200))
+    row = number(images[rng.permutation(len(images))[:2]], side, rng)
+    sheet = placed(row, side + 80, row.shape[1] + 80, rng)
+    return finished(on_paper(sheet, rng.uniform(0.7, 1) * uneven(sheet.shape, rng), 0.1), rng, 0.01)
+
+
+def cropped_number(images, rng):
+    """A number of two digits, cut out to its ink."""
+    row = number(images[rng.permutation(len(images))[:2]], int(rng.integers(84, 200)), rng)
+    rows = np.flatnonzero(row.max(1) > 0.3)
+    return finished(on_paper(row[rows[0] : rows[-1] + 1], 0.9, 0.1), rng, 0)
+
+
+def number(images, side, rng):
+    """The ink of digits in a row, without the columns around it."""
+    digits = [enlarged(image, side) for image in images]
+    columns = [np.flatnonzero(digit.max(0) > 0.3) for digit in digits]
+    digits = [d[:, c[0] : c[-1] + 1] for d, c in zip(digits, columns, strict=True)]
+    gap = np.zeros((side, int(side * rng.uniform(0.04, 0.1))), np.float32)
+    return np.hstack([part for digit in digits for part in (gap, digit)][1:])
+
+
 def hand(images, rng):
     """A hand with spread fingers before a wall."""
     picture = np.full((300, 300), rng.uniform(0.6, 0.95), np.float32)
@@ -361,6 +385,8 @@ def empty_shadow(images, rng):
 
 NO_DIGIT = [
     several_digits,
+    close_digits,
+    cropped_number,
     hand,
     clutter,
     blank_paper,
