@@ -18,6 +18,7 @@ MAX_FILE_BYTES = 100_000_000
 MAX_PIXELS = 64_000_000  # of one image, checked before it is decoded
 MAX_SIDE = 1024  # larger images are reduced to this first
 UNSAFE = {"EPS"}  # Pillow starts Ghostscript for it
+PAGED = {"GIF", "PNG", "TIFF", "WEBP"}  # what else is in a camera's JPEG or HEIC is no page
 UNMARKED = {"TGA"}  # no signature: other files would be taken for it
 DEPTHS = (8, 10, 12, 14, 16, 32)  # bits per pixel in which scanners and cameras count
 
@@ -40,7 +41,7 @@ def read_grey(source: Path | bytes) -> NDArray[np.float32]:
         Luminance in 0..1, float32 (height, width), at most `MAX_SIDE` on a side.
 
     Raises:
-        ImageError: it cannot be read, is too large, or is wholly transparent.
+        ImageError: it cannot be read, is too large, has several pages, or is wholly transparent.
     """
     content = source if isinstance(source, bytes) else _read_file(source)
     if not content:
@@ -52,6 +53,9 @@ def read_grey(source: Path | bytes) -> NDArray[np.float32]:
                 if image.width * image.height > MAX_PIXELS:
                     size = f"{image.width} x {image.height}"
                     raise ImageError(f"{size} pixels: more than {MAX_PIXELS / 1e6:.0f} million")
+                pages = getattr(image, "n_frames", 1) if image.format in PAGED else 1
+                if pages > 1:
+                    raise ImageError(f"{pages} pages: save the one that is meant by itself")
                 image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # JPEG decodes to less at once
                 return to_grey(_upright(image))
     except ImageError:
@@ -91,9 +95,10 @@ def _unknown(content: bytes) -> str:
 
 def _read_file(path: Path) -> bytes:
     """A regular file's content; devices and pipes, which may never end, are refused."""
-    if os.path.isdir(path):
-        raise ImageError("folder without files")
     try:
+        if os.path.isdir(path):
+            os.listdir(path)
+            raise ImageError("folder without files")
         return read_file(path, MAX_FILE_BYTES)
     except OSError as error:
         raise ImageError(error.strerror or str(error)) from error
@@ -168,14 +173,32 @@ def find_sources(names: Iterable[str]) -> Iterator[tuple[str, Path | bytes]]:
 
 
 def _from_path(name: str) -> Iterator[tuple[str, Path]]:
-    """The file itself; of a folder every file but `LEFTOVERS`, sorted, or itself if it has none."""
-    found = []
+    """The file itself; of a folder every file but `LEFTOVERS`, sorted.
+
+    A folder without files, or one that cannot be read, is handed on itself: it gets its line. Links
+    to folders are followed, into each folder once.
+    """
+    found: list[str] = []
+
+    def hand_on(error: OSError) -> None:
+        found.append(error.filename)
+
     if os.path.isdir(name):
-        for root, folders, files in os.walk(name):
-            folders[:] = [folder for folder in folders if folder not in LEFTOVER_FOLDERS]
+        seen = {_identity(name)}
+        for root, folders, files in os.walk(name, onerror=hand_on, followlinks=True):
             found += [os.path.join(root, file) for file in files if not _is_leftover(file)]
-    # an empty folder is handed on itself, so that it gets its line
+            below = sorted(folder for folder in folders if folder not in LEFTOVER_FOLDERS)
+            folders.clear()
+            for folder in below:
+                if (identity := _identity(os.path.join(root, folder))) not in seen:
+                    seen.add(identity)
+                    folders.append(folder)
     yield from ((path, Path(path)) for path in sorted(found) or [name])
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _is_leftover(name: str) -> bool:

@@ -1,5 +1,6 @@
 """Reading digits from image files: preprocessing, every kind of image, and hostile input."""
 
+import errno
 import io
 import json
 import os
@@ -417,6 +418,53 @@ def test_in_a_folder_only_resource_forks_and_thumbnails_are_left_out(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     found = [os.path.relpath(name, tmp_path) for name, _ in find_sources([str(tmp_path)])]
     assert sorted(found) == sorted(kept)
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "folder"
+    for place in (elsewhere, folder):
+        place.mkdir()
+        (place / "a.png").write_bytes(b"x")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "itself").symlink_to(folder)
+    (elsewhere / "back").symlink_to(folder)
+    found = [name for name, _ in find_sources([str(folder)])]
+    assert found == [f"{folder}/a.png", f"{folder}/linked/a.png"]
+
+
+def test_a_folder_that_cannot_be_read_gets_its_line(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.png").write_bytes(b"x")
+    scan, listdir = os.scandir, os.listdir
+
+    def refuse(action):
+        def act(path):
+            if str(path).endswith("locked"):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return action(path)
+
+        return act
+
+    monkeypatch.setattr(os, "scandir", refuse(scan))
+    monkeypatch.setattr(os, "listdir", refuse(listdir))
+    found = [path for _, path in find_sources([str(tmp_path)])]
+    assert found == [tmp_path / "a.png", tmp_path / "locked"]
+    with pytest.raises(ImageError, match=r"^Permission denied$"):
+        picture_files.read_grey(found[1])
+
+
+@pytest.mark.parametrize("form", ["GIF", "TIFF", "WEBP", "PNG"])
+def test_of_several_pages_none_is_guessed(form, tmp_path):
+    pages = [Image.new("L", (40, 40), value) for value in (0, 90, 255)]
+    pages[0].save(tmp_path / "pages", format=form, save_all=True, append_images=pages[1:])
+    with pytest.raises(ImageError, match=r"^3 pages: save the one that is meant by itself$"):
+        picture_files.read_grey(tmp_path / "pages")
+
+
+def test_a_camera_s_second_picture_is_no_page(tmp_path):
+    pages = [Image.new("RGB", (40, 40), value) for value in ("white", "red")]
+    pages[0].save(tmp_path / "pages", format="MPO", save_all=True, append_images=pages[1:])
+    assert picture_files.read_grey(tmp_path / "pages").min() > 0.9
 
 
 def test_twelve_bits_in_a_file_of_sixteen_are_bright_enough(plain):
