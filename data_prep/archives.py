@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import os
+import stat
 import tarfile
 import zipfile
 import zlib
@@ -131,7 +132,10 @@ def unpack(archive: File, spool: IO[bytes]) -> list[File]:
                 with _decompressed(raw) as stream:
                     _copy_tar(stream, copied)
         spool.flush()
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError) as error:
+    except (
+        *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile),
+        *(zlib.error, lzma.LZMAError, EOFError),
+    ) as error:
         fault = f"{archive.shown} is not usable: it is not a complete archive ({error})"
         raise InputError(f"{fault}: replace it with a good copy") from None
     except (NotImplementedError, RuntimeError, ValueError) as error:  # encrypted, unknown method
@@ -149,7 +153,8 @@ def unpack(archive: File, spool: IO[bytes]) -> list[File]:
 def _copy_zip(raw: BinaryIO, copied: _Spool) -> None:
     with zipfile.ZipFile(raw) as archive:
         for member in archive.infolist():
-            if not member.is_dir() and _is_wanted(member.filename):
+            is_link = stat.S_ISLNK(member.external_attr >> 16)
+            if not member.is_dir() and not is_link and _is_wanted(member.filename):
                 with archive.open(member) as content:
                     copied.add(member.filename, content)
 
@@ -160,11 +165,27 @@ class _Careful:
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self.tell, self.seek = stream.tell, stream.seek
+        self._last = b""
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= 16 * _CHUNK:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
-        return self._stream.read(size)
+        self._last = self._stream.read(size)
+        return self._last
+
+    def check_end(self) -> None:
+        """Refuses an end that is no tar's: tarfile takes a damaged header for one, too.
+
+        Reads what follows, so that a compressed archive's checksum is compared.
+        """
+        if not self._last or any(self._last):
+            raise tarfile.ReadError("a damaged header, or no end")
+        for _ in range(MIN_UNPACKED // _CHUNK):
+            if not (rest := self._stream.read(_CHUNK)):
+                return
+            if any(rest):
+                break
+        raise tarfile.ReadError("something follows its end")
 
 
 def _copy_tar(stream: IO[bytes], copied: _Spool) -> None:
@@ -181,6 +202,7 @@ def _copy_tar(stream: IO[bytes], copied: _Spool) -> None:
             content = archive.extractfile(member)
             if content is not None:
                 copied.add(member.name, content)
+    careful.check_end()
 
 
 def _is_wanted(path: str) -> bool:

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from data_prep.manifest import CLASSES
 from data_prep.samples import Samples
 
 _TALL = 1  # the class of MNIST's whose images are higher than wide, however they are written
@@ -12,7 +13,7 @@ def warnings_about(samples: Samples) -> list[str]:
     """What looks wrong with images, in words; empty for images like MNIST's.
 
     Args:
-        samples: the training images and labels.
+        samples: the images and labels of one split.
     """
     found = []
     if samples.images.min() == samples.images.max():
@@ -23,6 +24,8 @@ def warnings_about(samples: Samples) -> list[str]:
         found.append("most pixels are bright: MNIST is white on black, so invert the images")
     if len(np.unique(samples.labels)) == 1:
         found.append(f"every label is {samples.labels[0]}: were the labels lost?")
+    elif absent := sorted(set(range(CLASSES)) - set(np.unique(samples.labels).tolist())):
+        found.append(f"no image is of class {', '.join(map(str, absent))}")
     if _lies_on_its_side(samples):
         found.append(
             f"the images of class {_TALL} lie on their side: if they are transposed, as EMNIST's "

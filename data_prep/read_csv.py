@@ -1,7 +1,7 @@
 """CSV with an image per line, its label first and then 784 pixels, as Kaggle and others have it."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import IO
 
@@ -10,7 +10,16 @@ from numpy.typing import NDArray
 
 from data_prep.file import UNKNOWN, File, kind, opened
 from data_prep.manifest import SPLITS
-from data_prep.samples import MAX_SAMPLES, SIZE, Found, Samples, bad, check_count, check_labels
+from data_prep.samples import (
+    MAX_SAMPLES,
+    SIZE,
+    Found,
+    Samples,
+    bad,
+    check_count,
+    check_labels,
+    find_split,
+)
 
 FORM = "CSV"
 
@@ -20,16 +29,22 @@ _MAX_LINE = 1 << 16  # bytes; a line has at most 4 * 785, a header of long names
 _BLOCK = 1 << 23  # bytes parsed at once
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SEPARATORS = (b",", b";", b"\t")  # spreadsheets write the last two where a comma is for decimals
-_SPLIT_WORD = re.compile(r"(?<![a-z])(train(?:ing)?|test(?:ing)?|t10k)(?![a-z])")
+_LABEL = re.compile(rb"(?i)label|labels|class|y|target|digit")
 
 
 def find(files: Sequence[File]) -> list[Found]:
-    """Pairs of files whose names differ only in `train` and `test`, in one folder or in two."""
+    """Pairs of files whose names differ only in `train` and `test`, in one folder or in two.
+
+    Where there is none, the one training and the one test file.
+    """
     groups: defaultdict[str, dict[str, File]] = defaultdict(dict)
     tables = [file for file in files if re.search(r"\.csv(\.gz)?( ?\(\d+\))?$", file.name)]
     for file in tables:
         split, rest = _split_of(file)
         groups[rest].setdefault(split, file)
+    splits = Counter(split for parts in groups.values() for split in parts)
+    if len(groups) == 2 and splits == Counter(SPLITS):
+        groups = defaultdict(dict, {"": {key: x for g in groups.values() for key, x in g.items()}})
     found = [_found(rest, parts) for rest, parts in groups.items()]
     whole = [one for one in found if not one.lacks]
     return whole or found[:1]
@@ -37,13 +52,10 @@ def find(files: Sequence[File]) -> list[Found]:
 
 def _split_of(file: File) -> tuple[str, str]:
     """Which split a file is, and its path without the word that says so."""
-    stem, folder = re.sub(r" ?\(\d+\)", "", file.name), file.folder.lower()
-    place = _SPLIT_WORD.sub("", f"{folder} {stem}").strip()
-    for text in (stem, folder.rpartition("/")[2]):
-        words = {word[:2] for word in _SPLIT_WORD.findall(text)}
-        if len(words) == 1:
-            return ("train" if words == {"tr"} else "test"), place
-    return "", place
+    stem = re.sub(r" ?\(\d+\)", "", file.name)
+    _, place = find_split(f"{file.folder} {stem}")
+    splits = (find_split(text)[0] for text in (stem, file.folder.rpartition("/")[2]))
+    return next(filter(None, splits), ""), place
 
 
 def _found(place: str, parts: dict[str, File]) -> Found:
@@ -90,19 +102,30 @@ def _skip_header(file: File, stream: IO[bytes]) -> tuple[bool, bytes]:
     text = line.removeprefix(_BYTE_ORDER_MARK).strip().replace(b'"', b"")
     separator = max(_SEPARATORS, key=text.count)
     fields = text.split(separator)
+    if line and not text:
+        raise bad(file, "its first line is empty", "begin with the names or an image")
     if not text or kind(line) != UNKNOWN:
-        raise bad(file, f"it is {kind(line)}" if line else "it is empty")
+        raise bad(file, f"it is {kind(line)}")
     if b"\0" in line:
         raise bad(file, "it is not plain text, perhaps UTF-16", "save it as UTF-8")
     if len(fields) != _COLUMNS:
         raise _wrong_columns(file, len(fields))
-    named = not fields[-1].strip().isdigit()
-    if named and not re.fullmatch(rb"(?i)\s*(label|labels|class|y|target|digit)\s*", fields[0]):
+    fields = [field.strip() for field in fields]
+    named = bool(_LABEL.fullmatch(fields[0])) or fields == [b"%d" % n for n in range(_COLUMNS)]
+    if not named and not all(map(_is_number, fields)):
         first = fields[0].decode(errors="replace")[:30]
         raise bad(file, f"its first column is {first!r}", "put the label into the first column")
     if not named:
         stream.seek(len(_BYTE_ORDER_MARK) if line.startswith(_BYTE_ORDER_MARK) else 0)
     return named, separator
+
+
+def _is_number(field: bytes) -> bool:
+    try:
+        float(field)
+    except ValueError:
+        return False
+    return True
 
 
 def _wrong_columns(file: File, columns: int) -> Exception:
@@ -116,6 +139,8 @@ def _wrong_columns(file: File, columns: int) -> Exception:
     fault = f"its first line has {columns:,} columns instead of {_COLUMNS}"
     if columns == 1 + 32 * 32:
         return bad(file, "its images are 32x32 instead of 28x28", "resize them to 28x28")
+    if columns == 1 + _COLUMNS:
+        return bad(file, fault, "leave a column of row numbers out (index=False in pandas)")
     return bad(file, fault, f"write the label and then {SIZE} x {SIZE} pixels")
 
 

@@ -1,7 +1,7 @@
 """MNIST's own files (IDX), under all the names that they are found with, and those of its kin."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import IO, NamedTuple
@@ -69,7 +69,8 @@ def parse_name(name: str) -> Name | None:
 def find(files: Sequence[File]) -> list[Found]:
     """The sets of four files, by folder and by what stands in front of their names.
 
-    Where none is whole, the files of all folders are taken for one set.
+    Where none is whole, the files of all folders are taken for one set, if none of them is there
+    twice: which belong together could not be told.
     """
     groups: defaultdict[tuple[str, str], list[tuple[Name, File]]] = defaultdict(list)
     for file in files:
@@ -79,8 +80,12 @@ def find(files: Sequence[File]) -> list[Found]:
     if not all(one.lacks for one in found):
         return found
     by_prefix: defaultdict[str, list[tuple[Name, File]]] = defaultdict(list)
+    there: Counter[Name] = Counter()
     for (_, prefix), members in groups.items():
         by_prefix[prefix] += members
+        there.update({name for name, _ in members})
+    if max(there.values(), default=0) > 1:
+        return found
     return [_found(prefix, members) for prefix, members in by_prefix.items()]
 
 

@@ -3,6 +3,7 @@
 Needs pyarrow, an optional dependency (`parquet` in pyproject.toml).
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from data_prep.file import File, kind
 from data_prep.manifest import SPLITS
 from data_prep.picture import MAX_BYTES, decode
-from data_prep.samples import SIZE, Found, Samples, bad, check_count, check_labels
+from data_prep.samples import SIZE, Found, Samples, bad, check_count, check_labels, find_split
 from mnist_fast.errors import InputError
 
 FORM = "Parquet"
@@ -41,16 +42,30 @@ def find(files: Sequence[File]) -> list[Found]:
 def _split_of(file: File) -> tuple[str, str]:
     path = PurePosixPath(file.path)
     for part, place in ((file.name, file.folder), (path.parent.name, str(path.parent.parent))):
-        for split in SPLITS:
-            if part.lower().startswith(split):
-                return split, "" if place == "." else place
+        if split := find_split(part)[0]:
+            return split, "" if place == "." else place
     return "", ""
 
 
 def _found(place: str, parts: dict[str, list[File]]) -> Found:
     missing = [split for split in SPLITS if not parts[split]]
     lacks = f"the {missing[0]} set ({missing[0]}-00000-of-00001.parquet)" if missing else ""
+    lacks = lacks or next(filter(None, map(_missing_file, parts.values())), "")
     return Found(FORM, place, {split: tuple(parts[split]) for split in SPLITS}, lacks, read)
+
+
+def _missing_file(files: Sequence[File]) -> str:
+    """One that the others' names tell of, as 00000-of-00002 does; empty where all are there."""
+    names = {file.name for file in files}
+    for name in sorted(names):
+        if match := re.search(r"(\d+)-of-(\d+)", name):
+            digits, count = len(match[1]), int(match[2])
+            every = (
+                name[: match.start(1)] + f"{n:0{digits}d}" + name[match.end(1) :]
+                for n in range(min(count, len(names) + 1))
+            )
+            return next((other for other in every if other not in names), "")
+    return ""
 
 
 def read(split: str, files: tuple[File, ...]) -> Samples:

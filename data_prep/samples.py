@@ -1,5 +1,6 @@
 """What the readers share: images with labels, the sets they find, and their checks."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -56,6 +57,21 @@ class Reader(Protocol):
 
     def find(self, files: Sequence[File]) -> list[Found]:
         """The data sets of this form, without reading more of a file than its first bytes."""
+
+
+_SPLIT_WORD = re.compile(
+    r"(?<![a-z])(?:mnist)?(?P<word>train(?:ing)?|test(?:ing)?|t10k)(?:set|data)?(?![a-z])"
+)
+
+
+def find_split(text: str) -> tuple[str, str]:
+    """The split that a name tells, by words as `train` and `testing`, and the rest of the name.
+
+    The split is empty where there is no such word, or several.
+    """
+    words = {match["word"][:2] for match in _SPLIT_WORD.finditer(text.lower())}
+    split = ("train" if words == {"tr"} else "test") if len(words) == 1 else ""
+    return split, _SPLIT_WORD.sub("", text.lower()).strip()
 
 
 def bad(file: File, fault: str, remedy: str = GOOD_COPY) -> InputError:

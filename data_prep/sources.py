@@ -105,6 +105,8 @@ def find_mnist() -> tuple[Path, str] | None:
     for root, origin in [*places, (Path("data"), "data/")]:
         for below in _FOLDERS:
             if (root / below).is_dir() and _mnist_in(root / below):
+                if variable and origin != "$MNIST_ROOT":
+                    _say(f"WARNING: $MNIST_ROOT ({variable}) does not hold MNIST: taking {origin}")
                 return root / below, origin
     return None
 
@@ -174,8 +176,14 @@ def _load(found: Found, origin: str, place: str, name: str | None) -> Source:
         _say("EMNIST's images are stored transposed: turned upright")
         splits = {split: _upright(samples) for split, samples in splits.items()}
     if not identity.published:
-        for warning in warnings_about(splits["train"]):
+        about = {split: warnings_about(samples) for split, samples in splits.items()}
+        for warning in about["train"]:
             _say(f"WARNING: {warning}")
+        for warning in about["test"]:
+            if warning not in about["train"]:
+                _say(f"WARNING: of the test set: {warning}")
+        if np.array_equal(splits["train"].images, splits["test"].images):
+            _say("WARNING: the test images are the training images")
     return Source(
         name=name or identity.name or CUSTOM,
         origin=origin,

@@ -1,7 +1,9 @@
 """Data sets in the layouts and forms that people bring, what they are called, and refusals."""
 
+import bz2
 import gzip
 import io
+import lzma
 import pickle
 import re
 import struct
@@ -45,6 +47,19 @@ def capitals(root: Path) -> Path:
     forms.tables(root, "MNIST_{}.csv")
     for path in list(root.iterdir()):
         path.rename(path.with_name(path.name.upper()))
+    return root
+
+
+def with_header(root: Path, *names: object) -> Path:
+    for path in forms.tables(root, header=False).iterdir():
+        path.write_text(",".join(map(str, names)) + "\n" + path.read_text())
+    return root
+
+
+def with_names(root: Path, train: str, test: str) -> Path:
+    forms.tables(root)
+    (root / "mnist_train.csv").rename(root / f"{train}.csv")
+    (root / "mnist_test.csv").rename(root / f"{test}.csv")
     return root
 
 
@@ -92,6 +107,10 @@ FORMS: dict[str, Maker] = {
     ),
     "CSV, semicolons": lambda root: forms.tables(root, delimiter=";"),
     "CSV, tabs": lambda root: forms.tables(root, header=False, delimiter="\t"),
+    "CSV, numbered columns": lambda root: with_header(root, "label", *range(784)),
+    "CSV, numbers for names": lambda root: with_header(root, *range(785)),
+    "CSV, names with counts": lambda root: with_names(root, "mnist_train_100", "mnist_test_10"),
+    "CSV, words in words": lambda root: with_names(root, "mnistTrain", "testset"),
     "CSV, upper case": capitals,
     "CSV, byte order mark": byte_order_mark,
     "CSV, zip": lambda root: forms.zipped(forms.tables(root / "in"), root / "digits.zip"),
@@ -262,8 +281,9 @@ WARNINGS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
 }
 
 
+@pytest.mark.parametrize("split, place", [("train", ""), ("test", "of the test set: ")])
 @pytest.mark.parametrize("fault", WARNINGS)
-def test_warnings_about_pixels(fault: str, tmp_path: Path, capsys) -> None:
+def test_warnings_about_pixels(fault, split, place, tmp_path: Path, capsys) -> None:
     change, words = WARNINGS[fault]
     digits = load_source("digits")
     arrays = {
@@ -275,10 +295,10 @@ def test_warnings_about_pixels(fault: str, tmp_path: Path, capsys) -> None:
     np.savez(tmp_path / "upright.npz", **arrays)
     load_source("mnist", tmp_path / "upright.npz")
     assert capsys.readouterr().err == ""
-    arrays["x_train"] = change(digits.train_images)
+    arrays[f"x_{split}"] = change(arrays[f"x_{split}"])
     np.savez(tmp_path / "changed.npz", **arrays)
     load_source("mnist", tmp_path / "changed.npz")
-    assert re.search(f"WARNING: .*{words}", capsys.readouterr().err)
+    assert re.search(f"WARNING: {place}.*{words}", capsys.readouterr().err)
 
 
 def test_a_warning_about_labels_that_are_all_the_same(tmp_path: Path, capsys) -> None:
@@ -384,6 +404,14 @@ def two_sets(root: Path) -> Path:
     return root
 
 
+def two_halves(root: Path) -> Path:
+    """What 2024 lacks is in 2025: labels of other images."""
+    for year, lost in (("2024", TEST_LABELS), ("2025", TEST_IMAGES)):
+        idx_files.write_idx_files(root / year)
+        (root / year / lost).unlink()
+    return root
+
+
 LETTERS = idx_files.idx_labels((np.arange(26) + 1).astype(np.uint8))
 HTML = b"<!DOCTYPE html>\n<html><head><title>404</title>"
 RED = np.full((28, 28, 3), (9, 0, 0), np.uint8)
@@ -437,6 +465,22 @@ REFUSED: dict[str, tuple[Maker, str]] = {
         table_with(lambda rows: [[*row[:-1], 256] for row in rows]), "line 2, column 785: '256'"),
     "CSV, negative": (
         table_with(lambda rows: [[*row[:-1], -1] for row in rows]), "line 2, column 785: '-1'"),
+    "CSV, row numbers": (
+        table_with(lambda rows: [[n, *row] for n, row in enumerate(rows)], header=False),
+        "785: leave a column of row numbers out",
+    ),
+    "CSV, fractions without header": (
+        table_with(lambda rows: [[row[0], *(0.5 for _ in row[1:])] for row in rows], header=False),
+        "line 1, column 2: '0.5' instead of a whole number",
+    ),
+    "two halves": (
+        two_halves, f"holds only {TRAIN_IMAGES}, {TRAIN_LABELS}, {TEST_IMAGES} and lacks"),
+    "Parquet, a file of two": (
+        lambda root: written("test-00000-of-00001.parquet", b"PAR1")(
+            written("train-00000-of-00002.parquet", b"PAR1")(root)
+        ),
+        "lacks train-00001-of-00002.parquet",
+    ),
     "CSV, UTF-16": (
         lambda root: as_utf_16(forms.tables(root)), "is not plain text, perhaps UTF-16: save it"),
     "CSV, label 10": (
@@ -640,6 +684,55 @@ HOSTILE: dict[str, tuple[Maker, str]] = {
     "tar, size": (tar_of(member(TRAIN_IMAGES), claim=4 << 30), "not a complete archive"),
     "tar, header": (tar_of(member("x", b"L"), claim=1 << 30), "a header of 1,073,741,824 bytes"),
 }
+
+
+def packed(kind: str, content: bytes) -> bytes:
+    return {"tar": bytes, "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[kind](
+        content
+    )
+
+
+def flip(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+DAMAGED = {
+    "header": lambda kind, tar: packed(kind, flip(tar, tar.index(b"t10k-labels"))),
+    "no end": lambda kind, tar: packed(kind, tar[: -(-len(tar.rstrip(b"\0")) // 512) * 512]),
+    "cut": lambda kind, tar: packed(kind, tar)[:-6],
+    "more": lambda kind, tar: packed(kind, tar + b"more"),
+}
+
+
+@pytest.mark.parametrize(
+    "kind, damage",
+    [("tar", "header"), ("tar", "more"), ("tar", "no end")]
+    + [(kind, damage) for kind in ("gz", "bz2", "xz") for damage in ("header", "more", "cut")],
+)
+def test_a_damaged_archive_gives_nothing(kind: str, damage: str, tmp_path: Path) -> None:
+    """What comes before the damage could be taken for all."""
+    whole = forms.tarred(FORMS["plain"](tmp_path / "in"), tmp_path / "x.tar", "w:")
+    path = tmp_path / f"damaged.{kind}"
+    path.write_bytes(DAMAGED[damage](kind, whole.read_bytes()))
+    with pytest.raises(InputError, match=r"is not a complete archive|is a file .a bzip2 file"):
+        load_source("mnist", path)
+
+
+def test_a_gzip_s_checksum_is_compared(tmp_path: Path) -> None:
+    whole = forms.tarred(FORMS["plain"](tmp_path / "in"), tmp_path / "x.tar.gz")
+    content = whole.read_bytes()
+    whole.write_bytes(flip(content, len(content) - 8))
+    with pytest.raises(InputError, match=r"is not a complete archive .CRC check failed"):
+        load_source("mnist", whole)
+
+
+def test_an_archive_s_links_are_passed_over(tmp_path: Path) -> None:
+    path = forms.zipped(FORMS["plain"](tmp_path / "in"), tmp_path / "x.zip")
+    link = zipfile.ZipInfo("copy/" + TRAIN_IMAGES)
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(link, "../" + TRAIN_IMAGES)
+    assert_same_samples(load_source("mnist", path))
 
 
 @pytest.mark.parametrize("kind", HOSTILE)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from idx_files import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS
 
-from data_prep import download
+from data_prep import download, sources
 from data_prep.read_idx import NAMES
 from data_prep.sources import load_source
 from data_prep.watched import WorkFailed
@@ -255,6 +255,13 @@ def test_a_silent_network_is_given_up(monkeypatch) -> None:
     with pytest.raises(InputError, match="no progress for 2 seconds"):
         load_source("mnist")
     assert time.monotonic() - started < 40
+
+
+def test_a_wrong_mnist_root_is_said(monkeypatch, capsys) -> None:
+    idx_files.write_idx_files(Path("data/MNIST/raw"))
+    monkeypatch.setenv("MNIST_ROOT", "/nowhere")
+    assert sources.find_mnist() == (Path("data/MNIST/raw"), "data/")
+    assert "WARNING: $MNIST_ROOT (/nowhere) does not hold MNIST" in capsys.readouterr().err
 
 
 def test_auto_without_mnist_says_loudly_that_it_uses_digits(capsys) -> None:
