@@ -24,10 +24,12 @@ setup: ## uv, FFCV's system libraries and the locked environment in .venv
 # the precision. The user's own `accelerate config`, perhaps of another project, is left out: accelerate looks for it in
 # HF_HOME.
 NO_CONFIGURATION := $(CURDIR)/.venv/no-accelerate-configuration
+# A configuration file decides on the data itself.
+AUTO = $(if $(findstring --config,$(ARGS)),,--dataset auto)
 train: setup ## prepare the data and train, e.g. make train ARGS="--epochs 1 --seed 2"
-	@$(PYTHON) -m mnist_fast.cli --dataset auto $(ARGS) >/dev/null # a mistake is told before anything starts
+	@$(PYTHON) -m mnist_fast.cli $(AUTO) $(ARGS) >/dev/null # a mistake is told before anything starts
 	$(PYTHON) -m data_prep --dataset auto
-	HF_HOME=$(NO_CONFIGURATION) .venv/bin/accelerate launch train.py --dataset auto $(ARGS)
+	HF_HOME=$(NO_CONFIGURATION) .venv/bin/accelerate launch train.py $(AUTO) $(ARGS)
 
 test: setup ## the quick tests
 	$(LIMIT) 1500 $(PYTHON) -m pytest -m "not slow" $(SIDE_BY_SIDE) $(ARGS)

@@ -63,6 +63,8 @@ def test_make_train_sets_up_prepares_and_launches_with_arguments():
     prepare = plan.index("-m data_prep --dataset auto")
     launch = plan.index("accelerate launch train.py --dataset auto --epochs 1 --seed 3\n")
     assert setup < prepare < launch
+    plan = run("make", "-n", "train", "ARGS=--config mine.yaml").stdout
+    assert "accelerate launch train.py  --config mine.yaml\n" in plan  # which names the data
 
 
 def test_make_test_leaves_the_slow_ones_out_and_has_a_time_limit():
