@@ -4,6 +4,7 @@
 """
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -117,11 +118,16 @@ def load(arguments: Sequence[str] | None = None) -> Config:
     """
     parser = build_parser()
     given = _options_given(parser, list(sys.argv[1:] if arguments is None else arguments))
+    if given.get("config") == "":
+        raise InputError("config is empty: give it a value, or leave the option out")
     from_file = read_yaml(Path(given["config"])) if "config" in given else {}
     values = _checked(parser, str(given.get("config")), from_file)
     recipe = given.get("recipe", values.get("recipe", Config.recipe))
     values = _checked(parser, f"recipe {recipe}", read_recipe(recipe)) | values
     values |= {name: value for name, value in given.items() if name != "config"}
+    for name in ("data_dir", "run_dir", "resume"):  # a shell leaves the ~ of --run_dir=~/x
+        if values.get(name):
+            values[name] = os.path.expanduser(values[name])
     return Config(**(values | {"recipe": recipe}))
 
 
@@ -158,10 +164,12 @@ def _readable(error: Exception) -> str:
     text = one_line(error)
     if unknown := re.match(r"unrecognized arguments: --([\w-]+)", text, re.IGNORECASE):
         return text + _suggestion(unknown[1])
-    fault = re.fullmatch(r'Parser key "(\w+)": Expected a (.*)\. Got value: (.*)', text)
+    fault = re.fullmatch(r'Parser key "(\w+)": Expected a (.*)\. Got value: ?(.*)', text)
     if fault is None:
         return text
     name, expected, value = fault.groups()
+    if not value:  # most often a shell variable that is not set
+        return f"{name} is empty: give it a value, or leave the option out"
     if choices := re.fullmatch(r"typing\.Literal\[(.*)\]", expected):
         words = choices[1].replace("'", "")
         return f"{name} {value}: unknown, the choices are {words}"

@@ -210,6 +210,17 @@ def test_an_empty_value_is_not_taken_for_none(name):
     assert refusal(f"--{name}", "")
 
 
+@pytest.mark.parametrize("name", ["config", "epochs", "wandb", "momentum"])
+def test_a_variable_that_is_not_set_is_named(name):
+    assert f"{name} is empty: give it a value" in refusal(f"--{name}=")
+
+
+def test_home_is_found_where_the_shell_leaves_its_sign(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/mine")
+    config = load(["--config", write("run_dir: ~/run"), "--data_dir=~/data"])
+    assert (config.run_dir, config.data_dir) == ("/mine/run", "/mine/data")
+
+
 def test_an_empty_file_changes_nothing(write):
     assert load(["--config", write("# nothing yet\n")]) == load([])
 
