@@ -5,6 +5,7 @@ offline`, `wandb disabled` and `wandb login` write. Variables and files are read
 """
 
 import dataclasses
+import math
 import os
 import re
 from typing import Any
@@ -109,7 +110,11 @@ def _drop_invalid_variables(wandb: Any, option: str) -> list[str]:
         if not name.startswith("WANDB_"):
             continue
         try:
-            wandb.Settings().update_from_env_vars({name: value})
+            settings = wandb.Settings()
+            settings.update_from_env_vars({name: value})
+            read = [getattr(settings, field) for field in settings.model_fields_set]
+            if not all(math.isfinite(number) for number in read if isinstance(number, float)):
+                raise ValueError("it must be a finite number")
         except Exception as error:
             del os.environ[name]
             if not (name == "WANDB_MODE" and option != "auto"):  # it is not asked then

@@ -338,6 +338,13 @@ def test_time_outs_and_silence_are_the_users(wished):
     assert wishes.settings["finish_timeout"] == 90
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "1e400"])
+def test_a_time_out_without_end_is_refused_by_its_name(wished, value):
+    wishes = wished(WANDB_INIT_TIMEOUT=value)
+    assert wishes.faults == ["WANDB_INIT_TIMEOUT: it must be a finite number"]
+    assert wishes.mode == "offline"
+
+
 def test_without_wishes_time_is_short_and_wandb_itself_silent(wished):
     wishes = wished()
     assert (wishes.init_timeout, wishes.silent, wishes.faults) == (None, False, [])
