@@ -237,6 +237,13 @@ def test_without_what_triton_needs_it_falls_back_in_one_line(small_gpu, monkeypa
     assert f"captured and compiled, because there is {missing}" in found.describe()
 
 
+@pytest.mark.parametrize("value, reason", [("1", "TORCHDYNAMO_DISABLE is set"), ("0", None)])
+def test_a_variable_that_keeps_torch_from_compiling_is_told(monkeypatch, value, reason):
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", value)
+    monkeypatch.setattr(build, "cpp_compiler", lambda: ["g++"])
+    assert build.why_no_inductor("cpu") == reason
+
+
 PROCESSES = """
 import sys
 import torch

@@ -212,6 +212,8 @@ def prepare_inductor(device_type: str) -> None:
 
 def why_no_inductor(device_type: str) -> str | None:
     """Why torch.compile cannot build kernels for a device here; None where it can."""
+    if os.environ.get("TORCHDYNAMO_DISABLE", "0") not in ("", "0"):
+        return "TORCHDYNAMO_DISABLE is set"
     if device_type == "cpu":
         return None if cpp_compiler() else "there is no C++ compiler: install g++"
     if c_compiler() is None:
