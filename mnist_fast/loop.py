@@ -80,7 +80,8 @@ class Run:
         # after all that may be refused: it leaves an empty folder otherwise
         dataset = self.data.manifest.dataset
         self.folder = runtime.on_main(lambda: run_folder.choose(config, dataset))
-        self.identity = Identity.of(self.plan.job, self.plan.mode.name, self.data.sha256)
+        mode, data = self.plan.mode.name, self.data.sha256
+        self.identity = Identity.of(self.plan.job, mode, data, runtime.threads)
         self.facts = self.find_facts()
         self.progress = Progress()
         self.tracker = Tracker(config, runtime, self.folder)

@@ -34,7 +34,7 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """The facts that tell one training from another."""
+    """The facts that tell one training from another; `threads` in `config` are those it has."""
 
     config: dict[str, Any]
     data_sha256: str
@@ -45,16 +45,17 @@ class Identity:
     steps_per_epoch: int
 
     @classmethod
-    def of(cls, job: Job, mode: str, data_sha256: str) -> "Identity":
+    def of(cls, job: Job, mode: str, data_sha256: str, threads: int) -> "Identity":
         """That of a run.
 
         Args:
             job: what its steps are built for.
             mode: of the steps.
             data_sha256: checksum of the betons.
+            threads: of each process, where the choice of 0 leaves it to the machine.
         """
         return cls(
-            config=job.config.as_dict(),
+            config=job.config.as_dict() | {"threads": threads},
             data_sha256=data_sha256,
             world_size=job.sharding.world_size,
             device=job.device.type,
@@ -226,7 +227,11 @@ def find(config: Config, folder: Path, say: Callable[[str], None]) -> Checkpoint
     Raises:
         InputError: there is none where one was named, or the folder holds another run's files.
     """
-    found, skipped = _choose(config, folder)
+    try:
+        found, skipped = _choose(config, folder)
+    except OSError as error:
+        fault = f"{error.filename}: {error.strerror}"
+        raise InputError(f"{fault}: check its permissions, or choose another --run_dir") from error
     for reason in skipped:
         say(f"skipped a checkpoint: {reason}")
     if found is None or config.resumes_from_outside(folder):
@@ -321,9 +326,10 @@ def different_rounding(state: dict[str, Any], identity: Identity) -> str | None:
 
 
 def _refuse(key: str, old: Any, new: Any) -> None:
+    remedy = f"add --step {old}" if key == "mode" else "use the same"
     raise InputError(
         f"cannot resume: the checkpoint has {key} {_short(old)}, this run {_short(new)}: "
-        "use the same, or another --run_dir",
+        f"{remedy}, or choose another --run_dir",
         shared=True,
     )
 

@@ -1,6 +1,8 @@
 """Whether a run may go on from a checkpoint, and that it ends with the same bits."""
 
+import errno
 import json
+import os
 import shutil
 
 import helpers
@@ -237,13 +239,40 @@ def test_tensors_that_do_not_fit_are_refused(uninterrupted, small_betons, tmp_pa
             run(folder, small_betons)
 
 
-def test_another_number_of_threads_goes_on_and_says_so(small_betons, tmp_path, capsys):
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+@pytest.mark.parametrize("chosen", [True, False], ids=["option", "machine"])
+def test_another_number_of_threads_goes_on_and_says_so(
+    small_betons, tmp_path, capsys, monkeypatch, chosen
+):
     """As a job does that is queued again on a node with other cores."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     with pytest.raises(Stopped):
-        run(tmp_path, small_betons, stop_at=13)
-    run(tmp_path, small_betons, threads=2)
-    said = capsys.readouterr().out
-    assert "the last bits may differ from those of a run without a stop: threads 1 before" in said
+        run(tmp_path, small_betons, stop_at=13, threads=0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    run(tmp_path, small_betons, threads=2 if chosen else 0)
+    line = "the last bits may differ from those of a run without a stop: threads 1 before, 2 now"
+    assert line in capsys.readouterr().out
+
+
+def test_the_same_threads_by_another_choice_are_no_difference(small_betons, tmp_path, capsys):
+    with pytest.raises(Stopped):
+        run(tmp_path, small_betons, stop_at=13, threads=0)
+    run(tmp_path, small_betons, threads=1)  # the tests' OMP_NUM_THREADS
+    assert "last bits" not in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_read_is_refused_in_one_line(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "checkpoints")
+
+    monkeypatch.setattr(checkpoint, "load_newest", refuse)
+    with pytest.raises(InputError, match=r"^checkpoints: Permission denied: check its perm"):
+        resume.find(Config(), tmp_path, print)
+
+
+def test_another_mode_is_refused_with_the_option_that_keeps_it():
+    with pytest.raises(InputError, match=f"mode {STATE['mode']}, .*: add --step {STATE['mode']},"):
+        resume.check_same_training(STATE, wanted(mode="compiled"))
 
 
 def test_a_scalers_state_goes_through_the_checkpoint(small_betons, tmp_path, monkeypatch):
