@@ -124,8 +124,11 @@ def save_weights(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) 
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     content = save_tensors(weights, metadata=about | {"sha256": digest(weights)})
     temporary = path.with_name(f".{path.name}")
-    write_durably(temporary, sort_header(content))
-    temporary.replace(path)
+    try:
+        write_durably(temporary, sort_header(content))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sort_header(content: bytes) -> bytes:

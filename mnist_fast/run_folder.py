@@ -186,5 +186,9 @@ def write_status(folder: Path, status: str, message: str = "") -> None:
         "job": job and f"{job}.{os.environ.get('SLURM_RESTART_COUNT', '0')}",
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    with contextlib.suppress(OSError):
-        write_atomically(folder / STATUS, json.dumps(content, indent=1) + "\n")
+    text = json.dumps(content, indent=1) + "\n"
+    try:
+        write_atomically(folder / STATUS, text)
+    except OSError:  # a full disk has room in the old one's place
+        with contextlib.suppress(OSError):
+            (folder / STATUS).write_text(text, encoding="utf-8")

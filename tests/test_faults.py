@@ -251,7 +251,7 @@ def test_a_disk_that_fills_up(options, reference, tmpfs, tmp_path):
         assert len(process.errors()) == 1
         assert "No space left on device" in process.errors()[0]
         assert "Traceback" not in process.said()
-    assert newest(run) == 24
+    assert (newest(run), status(run)) == (24, "failed")
     filler.unlink()
     subprocess.run(["mount", "-o", "remount,size=8m", tmp_path / "disk"], check=True, timeout=20)
     with started(tmp_path, *options) as process:
