@@ -120,7 +120,7 @@ def load(arguments: Sequence[str] | None = None) -> Config:
     given = _options_given(parser, list(sys.argv[1:] if arguments is None else arguments))
     if given.get("config") == "":
         raise InputError("config is empty: give it a value, or leave the option out")
-    from_file = read_yaml(Path(given["config"])) if "config" in given else {}
+    from_file = read_yaml(Path(given["config"])) if given.get("config") else {}
     values = _checked(parser, str(given.get("config")), from_file)
     recipe = given.get("recipe", values.get("recipe", Config.recipe))
     values = _checked(parser, f"recipe {recipe}", read_recipe(recipe)) | values
@@ -139,7 +139,7 @@ def _options_given(parser: Any, arguments: list[str]) -> dict[str, Any]:
         namespace = parser.parse_args(arguments, defaults=False)
     except ArgumentError as error:
         raise InputError(f"{_readable(error)}; see train.py --help") from error
-    return {name: value for name, value in namespace.as_dict().items() if value is not None}
+    return dict(namespace.as_dict())
 
 
 def _checked(parser: Any, where: str, layer: dict[str, Any]) -> dict[str, Any]:

@@ -215,6 +215,10 @@ def test_a_variable_that_is_not_set_is_named(name):
     assert f"{name} is empty: give it a value" in refusal(f"--{name}=")
 
 
+def test_null_on_the_command_line_clears_what_a_file_says(write):
+    assert load(["--config", write("run_dir: runs/a"), "--run_dir", "null"]).run_dir is None
+
+
 def test_home_is_found_where_the_shell_leaves_its_sign(write, monkeypatch):
     monkeypatch.setenv("HOME", "/mine")
     config = load(["--config", write("run_dir: ~/run"), "--data_dir=~/data"])
