@@ -17,6 +17,7 @@ from mnist_fast.errors import InputError
 FORM = "pictures"
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
+_OTHERS = (".bmp", ".gif", ".tif", ".tiff", ".webp")
 _SPLIT = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _WANTED = "folders train/0 to train/9 and test/0 to test/9"
 
@@ -32,7 +33,12 @@ def find(files: Sequence[File]) -> list[Found]:
     if not groups and pictures:
         lacks = f"{_WANTED} (its pictures lie in {_folders(pictures)})"
         return [Found(FORM, "", {"train": (), "test": ()}, lacks, read)]
-    return [_found(place, parts) for place, parts in groups.items()]
+    left_out = [file for file in pictures if not _split_of(file)[0]]
+    left_out += [file for file in files if file.name.endswith(_OTHERS)]
+    note = (
+        f"{len(left_out):,} pictures are left out, such as {left_out[0].path}" if left_out else ""
+    )
+    return [_found(place, parts, note) for place, parts in groups.items()]
 
 
 def _split_of(file: File) -> tuple[str, str]:
@@ -47,11 +53,11 @@ def _folders(pictures: Sequence[File]) -> str:
     return ", ".join(sorted(counts)[:3]) + (", ..." if len(counts) > 3 else "")
 
 
-def _found(place: str, parts: dict[str, list[File]]) -> Found:
+def _found(place: str, parts: dict[str, list[File]], note: str) -> Found:
     missing = [split for split in SPLITS if not parts[split]]
     lacks = f"the folders {missing[0]}/0 to {missing[0]}/9" if missing else ""
     files = {split: tuple(sorted(parts[split], key=_order)) for split in SPLITS}
-    return Found(FORM, place, files, lacks, read)
+    return Found(FORM, place, files, lacks, read, note)
 
 
 def _order(file: File) -> tuple[list[tuple[int, str]], str]:

@@ -41,6 +41,7 @@ class Found:
         files: those of each split, `train` and `test`.
         lacks: what is missing, in words; empty where it is whole.
         read: reads the split of that name from its files.
+        note: what the user should know of it, in words.
     """
 
     form: str
@@ -48,6 +49,7 @@ class Found:
     files: Mapping[str, tuple[File, ...]]
     lacks: str
     read: Callable[[str, tuple[File, ...]], Samples]
+    note: str = ""
 
 
 class Reader(Protocol):

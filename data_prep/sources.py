@@ -141,6 +141,8 @@ def load_files(root: Path, name: str | None = None) -> Source:
         if not whole:
             raise InputError(f"--source {root} {_what_is_there(root, files, found)}")
         chosen = _choose(root, whole)
+        if chosen.note:
+            _say(chosen.note)
         return _load(chosen, f"the files given as --source ({chosen.form})", str(root), name)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,9 @@ def _walk(
             entries = [entry for entry in scan if not is_ignored(entry.name)]
     except OSError as error:
         fault = f"{folder} cannot be read: {error.strerror}"
+        if above:  # another user's folder need not hold the data
+            print(f"data_prep: {fault}: passed over", file=sys.stderr, flush=True)
+            return []
         raise InputError(f"{fault}: check its permissions") from None
     identity = status.st_dev, status.st_ino
     if identity in above:

@@ -281,6 +281,16 @@ WARNINGS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
 }
 
 
+def test_pictures_that_are_left_out_are_counted(tmp_path: Path, capsys) -> None:
+    forms.pictures(tmp_path)
+    (tmp_path / "train" / "0" / "more").mkdir()
+    for name in ("train/0/more/a.png", "train/0/b.bmp"):
+        (tmp_path / name).write_bytes(SMALL)
+    assert_same_samples(load_source("mnist", tmp_path))
+    said = "data_prep: 2 pictures are left out, such as train/0/more/a.png\n"
+    assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize("split, place", [("train", ""), ("test", "of the test set: ")])
 @pytest.mark.parametrize("fault", WARNINGS)
 def test_warnings_about_pixels(fault, split, place, tmp_path: Path, capsys) -> None:

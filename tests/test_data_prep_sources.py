@@ -1,5 +1,6 @@
 """The IDX files, where they are looked for, the download and the digits."""
 
+import errno
 import gzip
 import hashlib
 import os
@@ -255,6 +256,23 @@ def test_a_silent_network_is_given_up(monkeypatch) -> None:
     with pytest.raises(InputError, match="no progress for 2 seconds"):
         load_source("mnist")
     assert time.monotonic() - started < 40
+
+
+def test_a_folder_beside_the_data_that_cannot_be_read_is_passed_over(monkeypatch, capsys) -> None:
+    idx_files.write_idx_files(Path("mine"))
+    Path("mine/lost+found").mkdir()
+    scan = os.scandir
+
+    def refuse(folder: Path) -> Iterator[os.DirEntry[str]]:
+        if Path(folder).name == "lost+found":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len(load_source("mnist", Path("mine")).train_labels)
+    assert capsys.readouterr().err == (
+        "data_prep: mine/lost+found cannot be read: Permission denied: passed over\n"
+    )
 
 
 def test_a_wrong_mnist_root_is_said(monkeypatch, capsys) -> None:
