@@ -146,7 +146,7 @@ class Config:
     )
     threads: int = option(
         0,
-        "CPU threads per process, at most one per CPU; 0: OMP_NUM_THREADS, or a share of the CPUs",
+        "CPU threads per process; 0: OMP_NUM_THREADS up to the CPUs, or a fair share of the CPUs",
         between=(0, 4_096),
         affects="rounding",
     )

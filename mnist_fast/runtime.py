@@ -273,14 +273,15 @@ def naming_lost_processes() -> Iterator[None]:
 def set_threads(wanted: int) -> None:
     """Sets torch's threads: as wanted, else by OMP_NUM_THREADS, else a fair share of the CPUs.
 
-    There are never more than CPUs: 128 threads on two of them did no epoch in 30 s, and did not
-    listen to a request to stop. `accelerate launch` and `torchrun` set OMP_NUM_THREADS to 1 where
-    the user set nothing; a 1 from them is therefore ignored, and so is what is no number.
+    What the variable says, which may be left over, counts up to the number of CPUs: 128 threads on
+    two of them did no epoch in 30 s, and did not listen to a request to stop. `accelerate launch`
+    and `torchrun` set it to 1 where the user set nothing; a 1 from them is therefore ignored, and
+    so is what is no number.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    if not wanted and re.fullmatch("[0-9]{1,4}", asked) and not (launched and asked == "1"):
-        wanted = int(asked)
     cpus = len(os.sched_getaffinity(0))
+    if not wanted and re.fullmatch("[0-9]{1,4}", asked) and not (launched and asked == "1"):
+        wanted = min(int(asked), cpus)
     share = cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(min(wanted or max(1, share), cpus))
+    torch.set_num_threads(wanted or max(1, share))
