@@ -15,7 +15,7 @@ import yaml
 
 from mnist_fast.config import FIELDS, Config
 from mnist_fast.errors import InputError, one_line, run_main
-from mnist_fast.files import read_file
+from mnist_fast.files import read_file, say
 
 RECIPES = Path(__file__).parent / "recipes"
 MAX_FILE = 100_000  # bytes of a configuration file that are read
@@ -190,7 +190,7 @@ def dump(config: Config) -> str:
 
 def main() -> int:
     """Prints the choices that a command line comes to, as YAML."""
-    print(dump(load()), end="")
+    say(dump(load()).rstrip())
     return 0
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mnist_fast.errors import InputError, Parser, run_main
+from mnist_fast.files import say
 
 MAX_PARAMETERS = 8_000
 IMAGE_SIZE = 28
@@ -235,7 +236,7 @@ def main() -> int:
     parser.add_argument(
         "network", nargs="?", default="notebook", help=f"one of {', '.join(NETWORKS)}"
     )
-    print(format_table(build_network(parser.parse_args().network)))
+    say(format_table(build_network(parser.parse_args().network)))
     return 0
 
 

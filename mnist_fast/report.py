@@ -17,7 +17,7 @@ from mnist_fast.cli import read_recipe, read_yaml, recipe_names
 from mnist_fast.config import TARGET_ACCURACY, Config, what_is_trained
 from mnist_fast.errors import InputError, Parser, one_line, run_main, some_path
 from mnist_fast.figures import Records
-from mnist_fast.files import read_file
+from mnist_fast.files import read_file, say
 from mnist_fast.records import split_in
 
 if TYPE_CHECKING:  # matplotlib takes long to import
@@ -373,8 +373,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for title, runs in groups.items():
         cells = _group_cells((title, runs))
         sd = f" sd {cells[4]}" if cells[4] else ""
-        print(f"{title}: {cells[2]}: {cells[3]} %{sd}, n = {cells[1]}")
-    print(f"written: {options.out / 'comparison.html'} and comparison.png")
+        say(f"{title}: {cells[2]}: {cells[3]} %{sd}, n = {cells[1]}")
+    say(f"written: {options.out / 'comparison.html'} and comparison.png")
     return 0
 
 

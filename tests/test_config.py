@@ -5,6 +5,8 @@ import dataclasses
 import json
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -213,6 +215,21 @@ def test_an_empty_value_is_not_taken_for_none(name):
 @pytest.mark.parametrize("name", ["config", "epochs", "wandb", "momentum"])
 def test_a_variable_that_is_not_set_is_named(name):
     assert f"{name} is empty: give it a value" in refusal(f"--{name}=")
+
+
+@pytest.mark.parametrize("module", ["cli", "model"])
+def test_a_full_disk_for_what_is_printed_is_one_line(module):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", f"mnist_fast.{module}"],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=100,
+        )
+    line = "standard output: No space left on device: going on without it\n"
+    assert (done.returncode, done.stderr) == (0, line)
 
 
 def test_null_on_the_command_line_clears_what_a_file_says(write):
