@@ -90,6 +90,9 @@ def check_launch_environment(environment: Mapping[str, str], gpu: bool) -> None:
     missing = [name for name in needed if not environment.get(name)]
     if missing and takes_several(found, gpu):
         raise InputError(f"environment: {told} without {', '.join(missing)}: {remedy}")
+    port = environment.get("MASTER_PORT", "29500")
+    if takes_several(found, gpu) and not (port.isdecimal() and int(port) < 1 << 16):
+        raise InputError(f"environment: {told}: MASTER_PORT={port} is no port; {remedy}")
 
 
 def takes_several(found: Mapping[str, str], gpu: bool) -> bool:

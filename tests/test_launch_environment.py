@@ -43,6 +43,8 @@ def test_complete_environments_pass(environment, gpu):
         ({"WORLD_SIZE": "2"}, False, "WORLD_SIZE=2 without MASTER_ADDR"),
         (TORCHRUN | {"RANK": "x"}, False, "RANK has to be a whole number from 0 on"),
         (TORCHRUN | {"LOCAL_WORLD_SIZE": "0"}, True, "LOCAL_WORLD_SIZE has to be a whole number"),
+        (TORCHRUN | {"MASTER_PORT": "abc"}, False, "MASTER_PORT=abc is no port"),
+        (TORCHRUN | {"MASTER_PORT": "65536"}, True, "MASTER_PORT=65536 is no port"),
         ({"PMI_SIZE": ""}, False, "PMI_SIZE has to be a whole number from 1 on"),
     ],
 )
