@@ -48,7 +48,8 @@ class Runtime:
         check_launch_environment(os.environ, not self._cpu)
         timeout = datetime.timedelta(seconds=config.process_timeout)
         try:
-            with naming_lost_processes(), signals.ending_at_once():
+            with naming_lost_processes(), signals.ending_at_once(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about the threads, which are set below
                 state = PartialState(cpu=self._cpu, timeout=timeout)
         except ValueError as error:  # Accelerate and torch name what is missing
             advice = "start with accelerate launch or torchrun, or unset WORLD_SIZE and RANK"

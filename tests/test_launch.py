@@ -352,6 +352,19 @@ def test_without_mnist_one_message_names_files_and_alternatives(tmp_path, monkey
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
+def test_one_process_of_torchrun_warns_of_nothing(small_betons, tmp_path):
+    options = (*helpers.QUICK, "--epochs", "1", "--data_dir", small_betons)
+    done = helpers.launch(
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"),
+        *(helpers.TRAIN, *options, "--run_dir", tmp_path / "run"),
+        cwd=tmp_path,
+        timeout=150,
+        environment={"ACCELERATE_USE_CPU": "true", "PYTHONWARNINGS": "error"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # Stopping
 
 
