@@ -22,6 +22,14 @@ MAX_RATIO = 100  # of them to the archive's own bytes; MNIST's files have 5, as 
 MIN_UNPACKED = 64 << 20  # which no ratio forbids
 
 _CHUNK = 1 << 20
+_DAMAGES = (
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    gzip.BadGzipFile,
+    tarfile.TarError,
+    zipfile.BadZipFile,
+)
 _TAR_MAGIC = slice(257, 262)
 _IGNORED = {"thumbs.db", "desktop.ini", "__macosx"}  # what systems leave in folders and archives
 
@@ -132,10 +140,7 @@ def unpack(archive: File, spool: IO[bytes]) -> list[File]:
                 with _decompressed(raw) as stream:
                     _copy_tar(stream, copied)
         spool.flush()
-    except (
-        *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile),
-        *(zlib.error, lzma.LZMAError, EOFError),
-    ) as error:
+    except _DAMAGES as error:
         fault = f"{archive.shown} is not usable: it is not a complete archive ({error})"
         raise InputError(f"{fault}: replace it with a good copy") from None
     except (NotImplementedError, RuntimeError, ValueError) as error:  # encrypted, unknown method

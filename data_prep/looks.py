@@ -22,9 +22,10 @@ def warnings_about(samples: Samples) -> list[str]:
         found.append("the pixels are 0 and 1 only: for 8-bit images multiply them by 255")
     elif samples.images.mean() > 127.5:
         found.append("most pixels are bright: MNIST is white on black, so invert the images")
-    if len(np.unique(samples.labels)) == 1:
+    present = set(samples.labels.tolist())
+    if len(present) == 1:
         found.append(f"every label is {samples.labels[0]}: were the labels lost?")
-    elif absent := sorted(set(range(CLASSES)) - set(np.unique(samples.labels).tolist())):
+    elif absent := sorted(set(range(CLASSES)) - present):
         found.append(f"no image is of class {', '.join(map(str, absent))}")
     if _lies_on_its_side(samples):
         found.append(

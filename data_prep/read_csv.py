@@ -1,7 +1,7 @@
 """CSV with an image per line, its label first and then 784 pixels, as Kaggle and others have it."""
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import IO
 
@@ -42,9 +42,10 @@ def find(files: Sequence[File]) -> list[Found]:
     for file in tables:
         split, rest = _split_of(file)
         groups[rest].setdefault(split, file)
-    splits = Counter(split for parts in groups.values() for split in parts)
-    if len(groups) == 2 and splits == Counter(SPLITS):
-        groups = defaultdict(dict, {"": {key: x for g in groups.values() for key, x in g.items()}})
+    if len(groups) == 2:
+        one, other = groups.values()
+        if sorted([*one, *other]) == sorted(SPLITS):
+            return [_found("", one | other)]
     found = [_found(rest, parts) for rest, parts in groups.items()]
     whole = [one for one in found if not one.lacks]
     return whole or found[:1]

@@ -26,18 +26,20 @@ def find(files: Sequence[File]) -> list[Found]:
     """The set whose pictures lie in a folder of their class, below one of their split."""
     groups: defaultdict[str, dict[str, list[File]]] = defaultdict(lambda: {"train": [], "test": []})
     pictures = [file for file in files if file.name.endswith(_SUFFIXES)]
+    left_out = []
     for file in pictures:
         split, place = _split_of(file)
         if split:
             groups[place][split].append(file)
+        else:
+            left_out.append(file)
     if not groups and pictures:
         lacks = f"{_WANTED} (its pictures lie in {_folders(pictures)})"
         return [Found(FORM, "", {"train": (), "test": ()}, lacks, read)]
-    left_out = [file for file in pictures if not _split_of(file)[0]]
     left_out += [file for file in files if file.name.endswith(_OTHERS)]
-    note = (
-        f"{len(left_out):,} pictures are left out, such as {left_out[0].path}" if left_out else ""
-    )
+    note = ""
+    if left_out:
+        note = f"{len(left_out):,} pictures are left out, such as {left_out[0].path}"
     return [_found(place, parts, note) for place, parts in groups.items()]
 
 
