@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from mnist_fast.config import FIELDS, Config
+from mnist_fast.config import EMPTY, FIELDS, Config
 from mnist_fast.errors import InputError, one_line, run_main
 from mnist_fast.files import read_file, say
 
@@ -119,7 +119,7 @@ def load(arguments: Sequence[str] | None = None) -> Config:
     parser = build_parser()
     given = _options_given(parser, list(sys.argv[1:] if arguments is None else arguments))
     if given.get("config") == "":
-        raise InputError("config is empty: give it a value, or leave the option out")
+        raise InputError(f"config {EMPTY}")
     from_file = read_yaml(Path(given["config"])) if given.get("config") else {}
     values = _checked(parser, str(given.get("config")), from_file)
     recipe = given.get("recipe", values.get("recipe", Config.recipe))
@@ -169,7 +169,7 @@ def _readable(error: Exception) -> str:
         return text
     name, expected, value = fault.groups()
     if not value:  # most often a shell variable that is not set
-        return f"{name} is empty: give it a value, or leave the option out"
+        return f"{name} {EMPTY}"
     if choices := re.fullmatch(r"typing\.Literal\[(.*)\]", expected):
         words = choices[1].replace("'", "")
         return f"{name} {value}: unknown, the choices are {words}"

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from mnist_fast.errors import InputError
 
 TARGET_ACCURACY = 99.4  # percent of MNIST's test images
+EMPTY = "is empty: give it a value, or leave the option out"  # what to say of an option
 Affects = Literal["result", "rounding", "nothing"]
 
 
@@ -213,7 +214,7 @@ class Config:
                 raise InputError(f"{fault}; see train.py --help")
         for name in ("recipe", "data_dir", "run_dir", "resume"):
             if getattr(self, name) == "":  # most often a shell variable that is not set
-                raise InputError(f"{name} is empty: give it a value, or leave the option out")
+                raise InputError(f"{name} {EMPTY}")
         if self.scale_min > self.scale_max:
             raise InputError(
                 f"scale_min {self.scale_min} is larger than scale_max {self.scale_max}"
