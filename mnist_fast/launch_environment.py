@@ -86,12 +86,13 @@ def check_launch_environment(environment: Mapping[str, str], gpu: bool) -> None:
             raise InputError(f"environment: {told}: {rank} has to be below {size}; {remedy}")
     if int(found.get("RANK", "0")) and "WORLD_SIZE" not in found:
         raise InputError(f"environment: {told} without WORLD_SIZE: {remedy}")
+    if not takes_several(found, gpu):
+        return
     needed = ["MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"] if gpu else ["MASTER_ADDR"]
-    missing = [name for name in needed if not environment.get(name)]
-    if missing and takes_several(found, gpu):
+    if missing := [name for name in needed if not environment.get(name)]:
         raise InputError(f"environment: {told} without {', '.join(missing)}: {remedy}")
     port = environment.get("MASTER_PORT", "29500")
-    if takes_several(found, gpu) and not (port.isdecimal() and int(port) < 1 << 16):
+    if not (port.isdecimal() and int(port) < 1 << 16):
         raise InputError(f"environment: {told}: MASTER_PORT={port} is no port; {remedy}")
 
 
