@@ -91,6 +91,13 @@ def end(process):
     process.wait()
 
 
+def in_signal_mask(pid, mask, number):
+    """Whether a signal is among those that a process catches (`SigCgt`) or ignores (`SigIgn`)."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    (found,) = (line.split()[1] for line in text.splitlines() if line.startswith(mask))
+    return int(found, 16) >> (number - 1) & 1
+
+
 def train_script(*arguments, cwd, timeout=100, environment=None):
     """`python train.py ...`."""
     return launch(

@@ -1,12 +1,10 @@
 """The benchmarks run, on the digits and with few steps, and what they report adds up."""
 
 import json
-import re
 import signal
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import helpers
 import pytest
@@ -174,7 +172,7 @@ def test_what_is_launched_ends_with_the_benchmark(monkeypatch):
     def launch_one_that_is_deaf():
         with records.launch([sys.executable, "-c", code]) as process:
             launched.append(process)
-            while not ignores(process.pid, signal.SIGTERM):
+            while not helpers.in_signal_mask(process.pid, "SigIgn", signal.SIGTERM):
                 time.sleep(0.02)
             with records.time_limit(1):
                 process.wait()
@@ -182,12 +180,6 @@ def test_what_is_launched_ends_with_the_benchmark(monkeypatch):
     with pytest.raises(RunError, match="not finished after 1 s: see --run_timeout"):
         launch_one_that_is_deaf()
     assert launched[0].returncode == -signal.SIGKILL
-
-
-def ignores(pid, number):
-    """Whether a process ignores a signal."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"SigIgn:\s*(\w+)", text)[1], 16) >> (number - 1) & 1
 
 
 @pytest.mark.slow

@@ -189,13 +189,6 @@ def test_one_of_two_processes_is_asked_to_stop(options, reference_of_two, tmp_pa
     assert same_weights(tmp_path / "run", reference_of_two)
 
 
-def listens(pid, number):
-    """Whether a process has a handler for a signal."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    caught = next(line.split()[1] for line in text.splitlines() if line.startswith("SigCgt"))
-    return int(caught, 16) >> (number - 1) & 1
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
 @pytest.mark.parametrize("delay", [0, 3])
 def test_stopped_during_the_imports(options, tmp_path, number, delay):
@@ -205,7 +198,7 @@ def test_stopped_during_the_imports(options, tmp_path, number, delay):
         cwd=tmp_path,
     )
     try:
-        while not listens(process.pid, number):
+        while not helpers.in_signal_mask(process.pid, "SigCgt", number):
             assert process.poll() is None
         time.sleep(delay)
         process.send_signal(number)

@@ -1,7 +1,6 @@
 """All step modes compute the same training; capture's own logic, with a graph for any device."""
 
 import dataclasses
-import sys
 from types import SimpleNamespace
 
 import helpers
@@ -285,12 +284,11 @@ def test_a_mode_trains_as_ddp_does_on_two_processes(tmp_path, mode, epochs, tole
     """
     program = tmp_path / "program.py"
     program.write_text(PROCESSES)
-    done = helpers.launch(
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2),
-        *(program, mode, epochs),
+    done = helpers.torchrun(
+        *(2, program, mode, epochs),
         cwd=helpers.ROOT,
         timeout=250,
-        environment={"ACCELERATE_USE_CPU": "true", **helpers.TESTS_ON_PATH},
+        environment=helpers.TESTS_ON_PATH,
     )
     assert done.returncode == 0, done.stderr
     _, processes, worst = done.stdout.split()[-3:]
